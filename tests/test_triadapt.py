@@ -1,0 +1,512 @@
+"""TriAdaptLoRA against hand-computed values, autograd and the properties its paper claims."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import triadapt
+from triadapt import (
+    EPS,
+    STD,
+    TriAdaptLinear,
+    after_step,
+    budget_left,
+    choose_growth,
+    inject,
+    lower,
+    matrices_to_grow,
+    merge,
+    orthogonality,
+    param_groups,
+    penalty,
+)
+
+
+def adapted(rank=1, m=5, n=7, dtype=torch.float64, seed=0, trained=True, **options):
+    """A one-layer model under the method; `trained` gives B values, so that the update is not zero."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(n, m, dtype=dtype))
+    inject(model, ["0"], rank=rank, **{"rank_ref": 64, **options})
+    layer = model[0]
+    if trained:
+        with torch.no_grad():
+            for p in (layer.A, layer.B, layer.L, layer.U):
+                p.copy_(torch.randn_like(p))
+    return model, layer
+
+
+def dense(layer):
+    """L and U as matrices, built entry by entry from the packed numbers."""
+    r = layer.rank
+    L, U = torch.zeros(r, r, dtype=layer.A.dtype), torch.zeros(r, r, dtype=layer.A.dtype)
+    k = 0
+    for i in range(r):  # L row by row, U column by column
+        for j in range(i + 1):
+            L[i, j], U[j, i] = layer.L[k].item(), layer.U[k].item()
+            k += 1
+    return L, U
+
+
+# ------------------------------------------------------------------- Eqs. 4 and 5
+
+
+def test_eq4_packed_triangles_are_lower_and_upper_with_their_diagonals():
+    assert lower(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), 3).tolist() == [[1, 0, 0], [2, 3, 0], [4, 5, 6]]
+    _, layer = adapted(rank=4)
+    L, U = dense(layer)
+    assert torch.equal(L, L.tril()) and torch.equal(U, U.triu()) and (L.diag() != 0).all() and (U.diag() != 0).all()
+    assert torch.equal(layer.D, L + U)
+    assert (layer.D != 0).all(), "D = L + U is dense"
+
+
+def test_eq5_forward_is_w0x_plus_scaled_b_l_plus_u_a_x():
+    model, layer = adapted(rank=3, alpha=16.0)
+    x = torch.randn(2, 4, 7, dtype=torch.float64)
+    L, U = dense(layer)
+    dW = 16.0 / (3 + 1e-5) * layer.B @ (L + U) @ layer.A
+    expected = x @ (layer.base.weight + dW).T + layer.base.bias
+    assert (expected - layer.base(x)).abs().max() > 1  # the update matters
+    error = (model(x) - expected).abs().max().item()
+    P, Q = layer.factors()
+    print("forward error", error)
+    assert error < 1e-12
+    assert (P @ Q - dW).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_starts_with_b_zero_and_gaussian_a_l_u(rank):
+    model, layer = adapted(rank=rank, m=300, n=400, trained=False)
+    assert not layer.B.any()
+    x = torch.randn(9, 400, dtype=torch.float64)
+    assert torch.equal(model(x), layer.base(x))
+    _, wide = adapted(rank=200, m=300, n=400, trained=False, rank_ref=200)
+    for p in (wide.A, wide.L, wide.U):
+        # the deviation of N numbers of deviation s is s within s / sqrt(2 N) (one sigma)
+        assert abs(p.std().item() / STD - 1) < 5 / math.sqrt(2 * p.numel())
+        assert abs(p.mean().item()) < 5 * STD / math.sqrt(p.numel())
+
+
+def test_trained_numbers_are_r_m_plus_n_plus_r_r_plus_1():
+    for m, n, r in [(5, 7, 1), (5, 7, 4), (8, 3, 2), (6, 6, 6)]:
+        model, _ = adapted(rank=r, m=m, n=n)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == r * (m + n) + r * (r + 1)
+
+
+def test_dropout_is_on_the_adapters_input():
+    model, layer = adapted(rank=3, dropout=0.5)
+    x = torch.randn(6, 7, dtype=torch.float64)
+    P, Q = layer.factors()
+    torch.manual_seed(5)
+    got = model(x)
+    torch.manual_seed(5)
+    kept = F.dropout(x, 0.5)
+    assert not torch.equal(kept, x)
+    assert (got - (layer.base(x) + kept @ Q.T @ P.T)).abs().max() < 1e-12
+    model.eval()
+    assert (model(x) - (layer.base(x) + x @ Q.T @ P.T)).abs().max() < 1e-12
+
+
+# ------------------------------------------------------------------- Eqs. 6 to 9
+
+
+@pytest.mark.parametrize("r,added", [(1, 1), (1, 4), (3, 2), (2, 3)])
+def test_eqs6_to_9_growth_keeps_old_entries_in_their_places(r, added):
+    _, layer = adapted(rank=r)
+    A, B, (L, U) = layer.A.clone(), layer.B.clone(), dense(layer)
+    torch.manual_seed(1)
+    layer.grow(added)
+    L2, U2 = dense(layer)
+    assert layer.rank == r + added
+    assert torch.equal(layer.A[:r], A) and layer.A.shape == (r + added, 7)  # Eq. 6: rows
+    assert torch.equal(layer.B[:, :r], B) and layer.B.shape == (5, r + added)  # Eq. 7: columns
+    assert torch.equal(L2[:r, :r], L) and not L2[:r, r:].any()  # Eq. 8: [[L, 0], [L_down, L_aug]]
+    assert torch.equal(U2[:r, :r], U) and not U2[r:, :r].any()  # Eq. 9: [[U, U_up], [0, U_aug]]
+    assert (L2[r:, :r] != 0).all() and (U2[:r, r:] != 0).all(), "L_down and U_up are dense"
+    L_aug, U_aug = L2[r:, r:], U2[r:, r:]
+    assert torch.equal(L_aug, L_aug.tril()) and torch.equal(U_aug, U_aug.triu())
+    assert (L_aug.diag() != 0).all() and (U_aug.diag() != 0).all()
+
+
+def test_new_entries_are_gaussian_in_all_four_b_included():
+    _, layer = adapted(rank=1, m=300, n=400)
+    torch.manual_seed(2)
+    changes = layer.grow(99)
+    for (old, new, dim), name in zip(changes, "ABLU"):
+        fresh = new.narrow(dim, old.shape[dim], new.shape[dim] - old.shape[dim])
+        assert abs(fresh.std().item() / STD - 1) < 5 / math.sqrt(2 * fresh.numel()), name
+
+
+def test_papers_growth_shrinks_the_old_update_by_the_new_divisor():
+    """alpha / (r + eps): from rank 1 to 5 the old update is multiplied by (1 + eps) / (5 + eps)."""
+    model, layer = adapted(rank=1, n=40, m=30)
+    with torch.no_grad():  # as large as trained entries are, so that new ones of 0.02 hardly count
+        layer.A.mul_(10), layer.B.mul_(10)
+    P, Q = layer.factors()
+    before = P @ Q
+    layer.grow(4)
+    P, Q = layer.factors()
+    after, expected = P @ Q, before * (1 + EPS) / (5 + EPS)
+    jump = ((after - expected).norm() / expected.norm()).item()
+    print("relative size of the Gaussian entries' own change:", jump)
+    assert 0 < jump < 0.05
+    assert abs((after.norm() / before.norm()).item() - 0.2) < 0.01
+
+
+@pytest.mark.parametrize("r,steps", [(1, [4]), (1, [4, 4, 3]), (3, [1, 2])])
+def test_preserve_leaves_the_function_as_it_was(r, steps):
+    model, layer = adapted(rank=r, n=40, m=30, preserve=True)
+    x = torch.randn(11, 40, dtype=torch.float64)
+    before = model(x)
+    assert (before - layer.base(x)).abs().max() > 1
+    norm = layer.D.norm().item()
+    divided = layer.normalised_norm() * r
+    assert abs(divided - norm) < 1e-12
+    for added in steps:
+        layer.grow(added)
+        error = ((model(x) - before).abs().max() / before.abs().max()).item()
+        print("change of the output", error)
+        assert error < 1e-13
+    assert layer.rank == r + sum(steps)
+    # importance sees D without the accumulated factor (new rows of L_down and the new blocks add 0.02's)
+    factor = (layer.rank + EPS) / (r + EPS)
+    assert abs(layer.rescale.item() / factor - 1) < 1e-6
+    assert abs(layer.normalised_norm() * layer.rank / norm - 1) < 0.01
+    # the new entries can learn: the first step after growth moves B's new columns
+    model(x).square().sum().backward()
+    assert layer.B.grad[:, r:].abs().max() > 0
+
+
+def test_preserve_without_rescaled_importance_would_favour_the_grown():
+    _, layer = adapted(rank=1, n=40, m=30, preserve=True)
+    before = layer.normalised_norm()
+    layer.grow(4)
+    assert layer.D.norm().item() / layer.rank > 0.99 * before  # undivided: as large as ever
+    assert abs(layer.normalised_norm() / before - 0.2) < 0.01  # as for a paper's growth, 1/5
+
+
+# ------------------------------------------------------------------- Eq. 10
+
+
+def test_eq10_orthogonality_by_hand_and_zero_for_orthonormal_factors():
+    A = torch.tensor([[1.0, 2.0]])  # A A^T = 5
+    B = torch.tensor([[3.0], [0.0], [1.0]])  # B^T B = 10
+    assert orthogonality(A, B).item() == (5 - 1) ** 2 + (10 - 1) ** 2
+    Q = torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64))[0]
+    assert orthogonality(Q.T, Q).item() < 1e-28
+
+
+def test_eq10_as_the_loss_term_in_both_forms():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double()
+    for form in ("sum", "mean"):
+        inject(model, ["0", "1"], rank=2, orth=0.3, orth_form=form)
+        for layer in model:
+            nn.init.normal_(layer.B)
+        parts = []
+        for layer in model:
+            for gram in (layer.A @ layer.A.T, layer.B.T @ layer.B):
+                parts.append((gram - torch.eye(2)).square().sum())
+        expected = 0.3 * (sum(parts) if form == "sum" else sum(p.sqrt() for p in parts) / 4)
+        got = penalty(model)
+        assert got > 0 and abs((got - expected).item()) < 1e-12
+        got.backward()
+        assert all(layer.A.grad.abs().sum() > 0 and layer.B.grad.abs().sum() > 0 for layer in model)
+        merge(model)
+    inject(model, ["0", "1"], rank=2, orth=0.0)
+    assert penalty(model).item() == 0.0
+
+
+# ------------------------------------------------------------------- Eqs. 11 to 14
+
+
+@pytest.mark.parametrize("normalise,divisor", [("r", 3.0), ("sqrt", 3.0**0.5), ("none", 1.0)])
+def test_eq11_importance_is_the_change_of_the_normalised_norm(normalise, divisor):
+    model, layer = adapted(rank=3, normalise=normalise, t0=0, interval=10, delta=1, trained=False)
+    start = layer.D.norm().item() / divisor
+    with torch.no_grad():
+        layer.L.normal_()
+        layer.U.normal_()
+    now = layer.D.norm().item() / divisor
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-3, 0.0))
+    event = after_step(model, optimizer, 10, 100)
+    assert now > start  # so the score is not trivially zero
+    assert abs(event["scores"]["0"] - (now - start)) < 1e-7
+    # At the next event: before any growth of that event, with the rank it has then.
+    assert layer.rank == 4
+    later = layer.D.norm().item() / {"r": 4.0, "sqrt": 2.0, "none": 1.0}[normalise]
+    event = after_step(model, optimizer, 20, 100)
+    assert abs(event["scores"]["0"] - (later - now)) < 1e-6
+
+
+def test_events_come_when_t_is_past_t0_and_at_the_interval():
+    model, _ = adapted(t0=5, interval=3, delta=1)
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-3, 0.0))
+    events = [t for t in range(1, 20) if after_step(model, optimizer, t, 100) is not None]
+    assert events == [8, 11, 14, 17]
+
+
+def test_eq12_budget_is_reference_less_what_is_there():
+    assert budget_left(8, [1] * 12) == 84  # r_ref M - r M
+    assert budget_left(8, [5] * 9 + [1] * 3) == 84 - 9 * 4
+
+
+def test_eqs12_and_13_the_test_vector_of_a_whole_growth():
+    """M = 12, r = 1, r_ref = 8, dr = 4, t0 = 100, T = 1100, every 100 steps, linear: done at t = 400."""
+    ranks, seen = [1] * 12, []
+    for t in range(200, 1101, 100):
+        budget = budget_left(8, ranks)
+        if budget == 0:
+            break
+        k = matrices_to_grow(budget, t, 100, 1100, "linear")
+        chosen = choose_growth([0.0] * 12, ranks, [768] * 12, budget, k, 4)
+        seen.append((t, budget, k, len(chosen)))
+        for i, added in chosen:
+            ranks[i] += added
+    assert seen == [(200, 84, 9, 9), (300, 48, 10, 10), (400, 8, 3, 2)]
+    assert sum(ranks) == 96
+
+
+def test_eq13_linear_threshold_is_the_exact_ceiling():
+    assert matrices_to_grow(100, 11, 0, 20, "linear") == 55  # in floats 100 * (11 / 20) is above 55
+    assert math.ceil(100 * (11 / 20)) == 56
+    for _ in range(2000):
+        R, t0, T = random.randint(1, 500), random.randint(0, 50), random.randint(60, 5000)
+        t = random.randint(t0 + 1, T)
+        k = matrices_to_grow(R, t, t0, T, "linear")
+        assert (k - 1) * (T - t0) < R * (t - t0) <= k * (T - t0)  # k = ceil, in whole numbers
+
+
+def test_eq14_nonlinear_threshold():
+    assert matrices_to_grow(84, 200, 100, 1100, "nonlinear") == 2  # 84^0.1 = 1.557
+    assert matrices_to_grow(84, 600, 100, 1100, "nonlinear") == 10  # 84^0.5 = 9.165
+    assert matrices_to_grow(81, 600, 100, 1100, "nonlinear") == 9  # exactly 9
+    assert matrices_to_grow(125, 4, 1, 10, "nonlinear") == 5  # 125^(1/3): 4.999.. or 5.000..1 in floats
+    assert matrices_to_grow(84, 1100, 100, 1100, "nonlinear") == 84
+    assert matrices_to_grow(84, 200, 100, 1100, "fixed", 7) == 7
+    for mode in ("linear", "nonlinear"):
+        assert matrices_to_grow(1, 2, 1, 10**9, mode) == 1, "at least one"
+
+
+def test_the_highest_scores_grow_ties_in_order_and_full_ones_are_skipped():
+    assert choose_growth([3.0, 9.0, 3.0, 3.0], [1] * 4, [9] * 4, 99, 3, 2) == [(0, 2), (1, 2), (2, 2)]
+    assert choose_growth([3.0, 9.0, 3.0, 5.0], [1, 9, 8, 1], [9] * 4, 99, 2, 2) == [(0, 2), (3, 2)]
+    assert choose_growth([1.0, 2.0], [1, 8], [9] * 2, 99, 2, 2) == [(0, 2), (1, 1)], "a nearly full one by what fits"
+    assert choose_growth([1.0, 2.0], [1, 1], [9] * 2, 3, 2, 4) == [(1, 3)], "the last growth takes what is left"
+    assert choose_growth([1.0, 2.0], [9, 9], [9] * 2, 3, 2, 4) == []
+    assert choose_growth([1.0, 2.0], [1, 1], [9] * 2, 0, 2, 4) == []
+
+
+def test_property_the_budget_is_never_exceeded_and_nearly_always_used():
+    rng = random.Random(0)
+    used = grown = 0
+    for _ in range(400):
+        M, r = rng.randint(1, 20), rng.randint(1, 4)
+        r_ref, delta = r + rng.randint(0, 8), rng.randint(1, 6)
+        t0, interval = rng.randint(0, 30), rng.randint(1, 20)
+        T = t0 + rng.randint(1, 300)
+        mode = rng.choice(["linear", "nonlinear", "fixed"])
+        limits = [rng.choice([r, r + 1, r + 3, 64]) for _ in range(M)]
+        ranks = [r] * M
+        for t in range(t0 + 1, T + 1):
+            if (t - t0) % interval:
+                continue
+            budget = budget_left(r_ref, ranks)
+            k = matrices_to_grow(budget, t, t0, T, mode, rng.randint(1, 5)) if budget else 1
+            chosen = choose_growth([rng.choice([0.0, rng.gauss(0, 1)]) for _ in ranks], ranks, limits, budget, k, delta)
+            assert len(chosen) <= k and len({i for i, _ in chosen}) == len(chosen)
+            for i, added in chosen:
+                assert added >= 1
+                ranks[i] += added
+            assert sum(ranks) <= r_ref * M
+            assert all(rank <= limit for rank, limit in zip(ranks, limits))
+        grown += sum(ranks) > r * M
+        used += sum(ranks) == r_ref * M
+    print("grown", grown, "of 400, whole budget used", used)
+    assert grown > 250 and used > 100
+
+
+def test_property_the_budget_holds_in_real_training_with_every_mode():
+    for mode in ("linear", "nonlinear", "fixed"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 9), nn.Linear(9, 3))
+        inject(model, ["0", "1", "2"], rank_ref=4, delta=3, interval=2, t0=3, mode=mode, fixed_k=2)
+        optimizer = torch.optim.AdamW(param_groups(model, 1e-2, 0.0))
+        x = torch.randn(8, 6)
+        for step in range(1, 41):
+            optimizer.zero_grad()
+            (model(x).square().mean() + penalty(model)).backward()
+            optimizer.step()
+            after_step(model, optimizer, step, 40)
+            assert sum(layer.rank for layer in model) <= 12
+        ranks = [layer.rank for layer in model]
+        print(mode, ranks)
+        assert sum(ranks) == min(12, 3 + 5 + 5) and ranks[2] <= 3
+
+
+# ------------------------------------------------------------------- Eqs. 15 and 16
+
+
+def test_eqs15_and_16_gradients_against_autograd():
+    model, layer = adapted(rank=3, alpha=5.0)
+    x = torch.randn(4, 6, 7, dtype=torch.float64)
+    target = torch.randn(4, 6, 5, dtype=torch.float64)
+    h = model(x)
+    h.retain_grad()
+    (h - target).pow(3).sum().backward()
+    g, X = h.grad.reshape(-1, 5), x.reshape(-1, 7)  # one row per token
+    s, D, A, B = layer.scaling, layer.D, layer.A, layer.B
+    dW = g.T @ X  # Eq. 15: g x^T, summed over tokens
+    expected = {
+        "B": s * g.T @ (X @ A.T @ D.T),  # g (D A x)^T
+        "A": s * D.T @ B.T @ dW,  # D^T B^T g x^T
+    }
+    both = s * B.T @ g.T @ (X @ A.T)  # B^T g (A x)^T
+    i, j = torch.tril_indices(3, 3)
+    expected["L"] = both[i, j]  # tril, row by row
+    expected["U"] = both.T[i, j]  # triu, column by column
+    for name, value in expected.items():
+        grad = getattr(layer, name).grad
+        error = (grad - value).abs().max().item()
+        print(name, "largest", grad.abs().max().item(), "error", error)
+        assert grad.abs().max() > 1 and error < 1e-9
+
+
+# ------------------------------------------------------------------- growth and the optimizer
+
+
+def test_growth_under_adam_leaves_old_moments_in_place_and_starts_new_ones_at_zero():
+    model, layer = adapted(rank=2, delta=3, interval=5, t0=0, rank_ref=5)
+    head = nn.Parameter(torch.randn(5, dtype=torch.float64))
+    model.head = nn.ParameterList([head])
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-2, 0.1))
+    x = torch.randn(8, 7, dtype=torch.float64)
+
+    def step():
+        optimizer.zero_grad()
+        (layer(x) * head).square().sum().backward()
+        optimizer.step()
+
+    for _ in range(5):
+        step()
+    old = {n: (getattr(layer, n), {k: v.clone() for k, v in optimizer.state[getattr(layer, n)].items()}) for n in "ABLU"}
+    assert after_step(model, optimizer, 5, 100)["grown"] == {"0": 5}
+    for name, (parameter, state) in old.items():
+        new, dim = getattr(layer, name), 1 if name == "B" else 0
+        assert new is not parameter and new.shape[dim] > parameter.shape[dim]
+        now = optimizer.state[new]
+        size = parameter.shape[dim]
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert state[key].abs().max() > 0
+            assert torch.equal(now[key].narrow(dim, 0, size), state[key])
+            assert not now[key].narrow(dim, size, new.shape[dim] - size).any()
+        assert now["step"] == state["step"] == 5
+    assert len(optimizer.state) == 5, "nothing of the old parameters is kept"
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in owned} == {id(p) for p in model.parameters() if p.requires_grad}
+    values = [p.detach().clone() for p in owned]
+    step()
+    assert all((p != v).any() for p, v in zip(owned, values)), "what grew is trained on"
+
+
+def test_first_update_of_a_new_entry_is_about_three_rates():
+    """The docstring's claim: (1 - beta1) / sqrt(1 - beta2) = 3.16 once bias correction is over."""
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([p], lr=1.0, weight_decay=0.0)
+    for _ in range(20_000):
+        p.grad = torch.zeros(1)
+        optimizer.step()
+    new = nn.Parameter(torch.zeros(2))
+    triadapt.extend_in_optimizer(optimizer, p, new, 0)
+    new.grad = torch.tensor([0.0, 0.5])
+    optimizer.step()
+    assert abs(-new[1].item() - 0.1 / 0.001**0.5) < 1e-2
+
+
+def test_a_grown_layer_continues_as_if_it_had_been_that_large(tmp_path):
+    """With the new entries at zero and held there, training after growth is training without it."""
+    runs = []
+    for grows in (False, True):
+        model, layer = adapted(rank=2, preserve=True, seed=3, orth=0.0)
+        optimizer = torch.optim.AdamW(param_groups(model, 1e-2, 0.0))
+        torch.manual_seed(7)
+        x = torch.randn(8, 7, dtype=torch.float64)
+        for step in range(6):
+            if step == 3 and grows:
+                for old, new, dim in layer.grow(2):
+                    triadapt.extend_in_optimizer(optimizer, old, new, dim)
+                with torch.no_grad():
+                    # undo the rescale, keep alpha / r as it was, and zero what is new
+                    layer.alpha *= (4 + EPS) / (2 + EPS)
+                    layer.L.div_((4 + EPS) / (2 + EPS)), layer.U.div_((4 + EPS) / (2 + EPS))
+                    layer.A[2:], layer.B[:, 2:], layer.L[3:], layer.U[3:] = 0, 0, 0, 0
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        runs.append((layer.A[:2], layer.B[:, :2], model(x)))
+    for a, b in zip(*runs):
+        error = (a - b).abs().max().item()
+        print("error", error)
+        assert error < 1e-12
+
+
+def test_scores_are_taken_before_any_growth_and_only_k_grow_with_ties():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(4)])
+    inject(model, ["0", "1", "2", "3"], rank_ref=3, delta=2, interval=1, t0=0, mode="fixed", fixed_k=2)
+    with torch.no_grad():
+        for layer in model:  # equal scores everywhere
+            layer.L.fill_(1.0), layer.U.fill_(1.0)
+            layer.reference.fill_(0.0)
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-2, 0.0))
+    event = after_step(model, optimizer, 1, 10)
+    assert set(event["scores"].values()) == {2.0}
+    assert event["grown"] == {"0": 3, "1": 3} and event["budget"] == 8 - 4
+
+
+# ------------------------------------------------------------------- saving and refusing
+
+
+def test_a_grown_layer_loads_into_a_fresh_one():
+    model, layer = adapted(rank=1, seed=0)
+    layer.grow(4)
+    fresh, other = adapted(rank=1, seed=0)
+    fresh.load_state_dict(model.state_dict())
+    x = torch.randn(3, 7, dtype=torch.float64)
+    assert other.rank == 5 and torch.equal(fresh(x), model(x))
+    assert all(p.requires_grad for p in (other.A, other.B, other.L, other.U))
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ({"rank": 0}, "rank 0 does not fit layer 0 (5, 7): allowed are 1 to 5"),
+        ({"rank": 6}, "rank 6 does not fit layer 0 (5, 7): allowed are 1 to 5"),
+        ({"rank": 3, "rank_ref": 2}, "rank_ref 2 is below the start rank 3"),
+        ({"mode": "cubic"}, "mode 'cubic' is not one of linear, nonlinear, fixed"),
+        ({"normalise": "x"}, "normalise 'x' is not one of r, sqrt, none"),
+        ({"orth_form": "x"}, "orth_form 'x' is not one of mean, sum"),
+        ({"delta": 0}, "delta 0 is below 1"),
+        ({"interval": 0}, "interval 0 is below 1"),
+        ({"t0": -1}, "t0 -1 is below 0"),
+        ({"orth": float("nan")}, "orth nan is below 0"),
+        ({"dropout": 1.0}, "dropout 1.0 is not in [0, 1)"),
+    ],
+)
+def test_bad_options_are_refused_and_the_model_is_left_alone(options, words):
+    model = nn.Sequential(nn.Linear(7, 5))
+    with pytest.raises(ValueError) as error:
+        inject(model, ["0"], **options)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
+def test_a_reference_rank_above_the_layer_is_allowed_and_capped():
+    model, layer = adapted(rank=1, rank_ref=64, delta=4, interval=1, t0=0, mode="fixed")
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-3, 0.0))
+    events = [after_step(model, optimizer, t, 100) for t in range(1, 8)]
+    assert layer.rank == 5 == min(layer.base.weight.shape)
+    assert events[-1]["grown"] == {}

@@ -1,0 +1,443 @@
+"""TriAdaptLoRA: Brain-Inspired Triangular Adaptive Low-Rank Adaptation (Liang, Wang, Zeng 2025, arXiv 2501.08008).
+
+A frozen linear layer W0 (m, n) gets the update
+
+    h = W0 x + alpha/(r + eps) * B (L + U) A x            (Eqs. 4, 5)
+
+with A (r, n), B (m, r) and the two triangles L (lower) and U (upper) of shape (r, r), both with
+their diagonal. All four are trained: r (m + n) + r (r + 1) numbers. Every layer starts with r = 1,
+and ranks grow while training, where it matters, until a budget is used up:
+
+  - a growth of dr adds rows to A, columns to B and a border to L and U, and leaves every old entry
+    where it was (Eqs. 6-9): that is what the triangles are for;
+  - which layers grow: those whose ||L + U||_F / r rose most since the last growth event (Eq. 11).
+    It costs r^2 numbers per layer, at events alone: no bookkeeping at every step;
+  - how many grow: a share of the remaining budget (Eq. 12) that rises with time (Eqs. 13, 14).
+
+Two jumps follow from the text. New Gaussian entries change the function a little, and the factor
+alpha/(r + eps) shrinks the old update when r grows, five times when 1 becomes 5. That is the paper
+and the default here; `preserve=True` makes growth leave the function as it is.
+
+The paper publishes no code. This file needs torch alone; copy it and call
+
+    names = inject(model, ["q_proj", "v_proj"], interval=100, t0=100)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.0))
+    for step in range(1, total + 1):
+        loss = loss_of(model, batch) + penalty(model)       # Eq. 10
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        after_step(model, optimizer, step, total)           # grows when it is time
+    merge(model)                                            # back to plain nn.Linear layers
+
+`python triadapt.py` shows it on one model of three layers.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+EPS = 1e-5  # the eps of Eq. 5
+STD = 0.02  # of every Gaussian entry, as AdaLoRA's code; the paper gives none
+
+
+class TriAdaptLinear(nn.Module):
+    """A frozen nn.Linear with the update alpha/(r+eps) B (L+U) A. Input (..., n), output (..., m).
+
+    L and U are stored packed, r(r+1)/2 numbers each: L row by row, U column by column. So a growth
+    only ever appends, to the parameter and to the optimizer's moments alike.
+    """
+
+    def __init__(self, base, rank, alpha, dropout, growth):
+        super().__init__()
+        m, n = base.weight.shape
+        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.base = base
+        self.alpha, self.dropout = alpha, dropout
+        self.growth = growth  # the settings of `inject`, the same dict in every layer
+        self.A = nn.Parameter(STD * torch.randn(rank, n, **like))
+        self.B = nn.Parameter(torch.zeros(m, rank, **like))
+        self.L = nn.Parameter(STD * torch.randn(rank * (rank + 1) // 2, **like))
+        self.U = nn.Parameter(STD * torch.randn(rank * (rank + 1) // 2, **like))
+        # preserve=True multiplies the old D at each growth; this is the product of those factors.
+        self.register_buffer("rescale", torch.ones((), device=base.weight.device))
+        # The second term of Eq. 11: the normalised norm at the event before.
+        self.register_buffer("reference", torch.zeros((), device=base.weight.device))
+        self.reference.fill_(self.normalised_norm())
+
+    # Some models look at their layers instead of calling them (T5 asks for wo.weight.dtype).
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+    in_features = property(lambda self: self.base.in_features)
+    out_features = property(lambda self: self.base.out_features)
+
+    @property
+    def rank(self):
+        return self.A.shape[0]
+
+    @property
+    def scaling(self):
+        return self.alpha / (self.rank + EPS)
+
+    @property
+    def D(self):
+        """The dense transformation matrix L + U, (r, r)."""
+        return lower(self.L, self.rank) + lower(self.U, self.rank).T  # Eq. 4
+
+    def factors(self):
+        """P (m, r), Q (r, n) with dW = P @ Q, the scaling absorbed in P."""
+        return self.scaling * self.B @ self.D, self.A
+
+    def forward(self, x):
+        h = F.dropout(x, self.dropout, self.training)  # (..., n)
+        h = F.linear(h, self.A)  # (..., r)
+        h = F.linear(h, self.D)  # (..., r)
+        # Eq. 5. Scaling B costs m*r numbers, scaling the output would cost m for every token.
+        return self.base(x) + F.linear(h, self.scaling * self.B)  # (..., m)
+
+    @torch.no_grad()
+    def normalised_norm(self):
+        """||L + U||_F over r, sqrt(r) or 1 (Table III): the quantity whose change is Eq. 11."""
+        divisor = {"r": self.rank, "sqrt": math.sqrt(self.rank), "none": 1.0}[self.growth["normalise"]]
+        # With preserve=True grown matrices carry a larger D for the same dW: take that out again.
+        return (self.D.double().norm() / self.rescale.double() / divisor).item()
+
+    @torch.no_grad()
+    def grow(self, added):
+        """Eqs. 6-9: the rank rises by `added`. Returns [(old parameter, new one, dim it grew in)]."""
+        r, (m, n) = self.rank, self.base.weight.shape
+        A_aug = STD * torch.randn(added, n).to(self.A)
+        B_aug = STD * torch.randn(m, added).to(self.B)
+        # Row by row, the new rows of L are [L_down L_aug]; column by column, those of U [U_up; U_aug].
+        border = sum(range(r + 1, r + added + 1))
+        L_new = STD * torch.randn(border).to(self.L)
+        U_new = STD * torch.randn(border).to(self.U)
+        if self.growth["preserve"]:
+            # B_aug = 0 and U_up = 0 add nothing to B D A, and D * factor undoes alpha's new divisor.
+            B_aug.zero_()
+            row = torch.cat([torch.arange(k) for k in range(r + 1, r + added + 1)]).to(self.U.device)
+            U_new[row < r] = 0.0
+            factor = (r + added + EPS) / (r + EPS)
+            self.L.mul_(factor)
+            self.U.mul_(factor)
+            self.rescale.mul_(factor)
+        changes = []
+        for name, new, dim in [("A", A_aug, 0), ("B", B_aug, 1), ("L", L_new, 0), ("U", U_new, 0)]:
+            old = getattr(self, name)
+            grown = nn.Parameter(torch.cat([old, new], dim), requires_grad=old.requires_grad)
+            setattr(self, name, grown)
+            changes.append((old, grown, dim))
+        return changes
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        """A saved layer may have grown: take its shapes before its values."""
+        for name in ("A", "B", "L", "U"):
+            stored = state.get(prefix + name)
+            if stored is not None and stored.shape != getattr(self, name).shape:
+                setattr(self, name, nn.Parameter(stored.new_empty(stored.shape).to(getattr(self, name))))
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+# -------------------------------------------------- the method's mathematics, as pure functions
+
+
+def lower(packed, rank):
+    """The lower triangular (rank, rank) matrix whose rows stand one after the other in `packed`."""
+    i, j = torch.tril_indices(rank, rank, device=packed.device)
+    return packed.new_zeros(rank, rank).index_put((i, j), packed)
+
+
+def orthogonality(A, B):
+    """Eq. 10: ||A A^T - I||_F^2 + ||B^T B - I||_F^2 for A (r, n), B (m, r).
+
+    The paper prints A^T A, an (n, n) product of rank r that cannot be I. The (r, r) one is meant, as
+    in AdaLoRA, which it cites.
+    """
+    eye = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
+    return (A @ A.T - eye).square().sum() + (B.T @ B - eye).square().sum()
+
+
+def budget_left(rank_ref, ranks):
+    """Eq. 12: R = r_ref M - r M at the start, less dr k at each growth: r_ref M minus the ranks now."""
+    return rank_ref * len(ranks) - sum(ranks)
+
+
+def matrices_to_grow(budget, t, t0, total, mode, fixed_k=1):
+    """k, how many matrices the threshold asks for at step t, at least 1 (Eqs. 13, 14).
+
+    linear: ceil(R a), nonlinear: ceil(e^(a ln R)) = ceil(R^a), with a = (t - t0) / (total - t0).
+    """
+    if mode == "linear":
+        k = -(-budget * (t - t0) // (total - t0))  # in integers: ceil(100 * 11 / 20) is 55, not 56
+    elif mode == "nonlinear":
+        k = math.ceil(budget ** ((t - t0) / (total - t0)) - 1e-9)
+    else:
+        k = fixed_k
+    return max(k, 1)
+
+
+def choose_growth(scores, ranks, limits, budget, k, delta):
+    """[(index, rank to add)] for the k matrices with the highest scores; ties in order.
+
+    The formula can ask for more than there is: never more matrices than can grow, never more rank
+    than the budget, and no rank above its limit min(m, n).
+    """
+    able = [i for i in range(len(ranks)) if ranks[i] < limits[i]]
+    if budget < 1 or not able:
+        return []
+    delta = min(delta, budget)
+    k = min(k, len(able), budget // delta)
+    top = sorted(able, key=lambda i: -scores[i])[:k]  # Python's sort is stable: ties stay in order
+    return [(i, min(delta, limits[i] - ranks[i])) for i in sorted(top)]
+
+
+@torch.no_grad()
+def extend_in_optimizer(optimizer, old, new, dim):
+    """Put `new` in the place of `old`: the old entries keep their moments, the new ones start at zero.
+
+    The step count is one per tensor and stays, so Adam's bias correction is over for the new entries:
+    their first update is about (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate.
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state is None:
+        return  # no step taken yet
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.shape == old.shape:
+            shape = list(new.shape)
+            shape[dim] -= old.shape[dim]
+            state[key] = torch.cat([value, value.new_zeros(shape)], dim)
+    optimizer.state[new] = state
+
+
+# ------------------------------------------------------------------------- the verbs
+
+
+def inject(
+    model,
+    targets,
+    *,
+    rank: int = 1,
+    rank_ref: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    delta: int = 4,
+    interval: int = 100,
+    t0: int = 100,
+    mode: Literal["linear", "nonlinear", "fixed"] = "linear",
+    fixed_k: int = 4,
+    normalise: Literal["r", "sqrt", "none"] = "r",
+    preserve: bool = False,
+    orth: float = 0.1,
+    orth_form: Literal["mean", "sum"] = "mean",
+):
+    """Freeze `model` and wrap every nn.Linear whose dotted name ends in one of `targets`.
+
+    A target that is a layer's full name means that layer alone. Returns the names wrapped, in the
+    model's order. ValueError if a target matches nothing or a rank does not fit a layer.
+
+    Options:
+        rank: rank r every layer starts with
+        rank_ref: reference rank: the budget is rank_ref times the number of layers
+        alpha: the update is scaled by alpha / (r + 1e-5), r the layer's rank now
+        dropout: dropout on the adapter's input
+        delta: by how much a chosen layer grows
+        interval: steps between growth events
+        t0: step after which growth begins
+        mode: how many layers grow (Eq. 13, Eq. 14, or always fixed_k)
+        fixed_k: layers that grow per event with mode fixed
+        normalise: what the importance divides ||L + U|| by (Table III)
+        preserve: growth leaves the function as it was (the paper's does not)
+        orth: coefficient of the orthogonality penalty, 0 turns it off
+        orth_form: sum over layers of squared norms (Eq. 10 as printed), or the mean of
+            unsquared norms over all A and B (AdaLoRA's code)
+    """
+    linears = find_linears(model, targets)
+    for name, linear in linears.items():
+        if not 1 <= rank <= min(linear.weight.shape):
+            raise ValueError(
+                f"rank {rank} does not fit layer {name} {tuple(linear.weight.shape)}: "
+                f"allowed are 1 to {min(linear.weight.shape)}"
+            )
+    if rank_ref < rank:
+        raise ValueError(f"rank_ref {rank_ref} is below the start rank {rank}: there is no budget to grow")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout} is not in [0, 1)")
+    for option, value, least in [("delta", delta, 1), ("interval", interval, 1), ("fixed_k", fixed_k, 1),
+                                 ("t0", t0, 0), ("orth", orth, 0)]:  # fmt: skip
+        if not value >= least:
+            raise ValueError(f"{option} {value} is below {least}")
+    for option, value, allowed in [("mode", mode, ("linear", "nonlinear", "fixed")),
+                                   ("normalise", normalise, ("r", "sqrt", "none")),
+                                   ("orth_form", orth_form, ("mean", "sum"))]:  # fmt: skip
+        if value not in allowed:
+            raise ValueError(f"{option} '{value}' is not one of {', '.join(allowed)}")
+    growth = {
+        "rank_ref": rank_ref, "delta": delta, "interval": interval, "t0": t0, "mode": mode, "fixed_k": fixed_k,
+        "normalise": normalise, "preserve": preserve, "orth": orth, "orth_form": orth_form,
+    }  # fmt: skip
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        replace(model, name, TriAdaptLinear(linear, rank, alpha, dropout, growth).train(linear.training))
+    return list(linears)
+
+
+def param_groups(model, lr, weight_decay):
+    """Groups for torch.optim.AdamW: whatever is trainable (A, B, L, U, the task head), one rate, one decay."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
+
+
+def penalty(model):
+    """The orthogonality term of the loss, a scalar: orth times Eq. 10 summed over layers, or its mean form.
+
+    At the start the sum of squares is far larger than the mean norm, which the paper's coefficients
+    0.1-0.3 come from (AdaLoRA's and IncreLoRA's code take that mean). README: what each form gave.
+    """
+    layers = [m for m in model.modules() if isinstance(m, TriAdaptLinear)]
+    growth = layers[0].growth
+    if growth["orth"] == 0:
+        return torch.zeros((), device=layers[0].A.device)
+    if growth["orth_form"] == "sum":
+        return growth["orth"] * sum(orthogonality(layer.A, layer.B) for layer in layers)
+    grams = [gram for layer in layers for gram in (layer.A @ layer.A.T, layer.B.T @ layer.B)]
+    norms = [torch.linalg.matrix_norm(g - torch.eye(len(g), dtype=g.dtype, device=g.device)) for g in grams]
+    return growth["orth"] * torch.stack(norms).mean()
+
+
+def after_step(model, optimizer, step, total):
+    """Grow where and when the method says so; call it after each optimizer step, counted from 1.
+
+    Returns None, or at an event {"grown": {name: new rank}, "scores": {name: S}, "budget": what is left}.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, TriAdaptLinear)}
+    growth = next(iter(layers.values())).growth
+    if step <= growth["t0"] or (step - growth["t0"]) % growth["interval"]:
+        return None
+    names, ranks = list(layers), [layer.rank for layer in layers.values()]
+    budget = budget_left(growth["rank_ref"], ranks)
+    if budget == 0:
+        return None
+    norms = [layer.normalised_norm() for layer in layers.values()]  # all before any growth
+    scores = [now - layer.reference.item() for now, layer in zip(norms, layers.values())]  # Eq. 11
+    for now, layer in zip(norms, layers.values()):
+        layer.reference.fill_(now)
+    limits = [min(layer.base.weight.shape) for layer in layers.values()]
+    k = matrices_to_grow(budget, step, growth["t0"], total, growth["mode"], growth["fixed_k"])
+    chosen = choose_growth(scores, ranks, limits, budget, k, growth["delta"])
+    for i, added in chosen:
+        for old, new, dim in layers[names[i]].grow(added):
+            extend_in_optimizer(optimizer, old, new, dim)
+    return {
+        "grown": {names[i]: ranks[i] + added for i, added in chosen},
+        "scores": dict(zip(names, scores)),
+        "budget": budget - sum(added for _, added in chosen),
+    }
+
+
+def watch(model):
+    """{quantity: {layer name: number}}, what is worth seeing during and after a run."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, TriAdaptLinear)}
+    return {
+        "ranks": {name: layer.rank for name, layer in layers.items()},
+        "importance": {name: layer.normalised_norm() - layer.reference.item() for name, layer in layers.items()},
+    }
+
+
+@torch.no_grad()
+def merge(model):
+    """Fold dW into W0 and give the plain nn.Linear back; returns the names merged.
+
+    Summed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped,
+    so a second merge is refused.
+    """
+    wrapped = {name: m for name, m in model.named_modules() if isinstance(m, TriAdaptLinear)}
+    if not wrapped:
+        raise ValueError("nothing to merge: the model holds no TriAdaptLinear (merged already?)")
+    for name, layer in wrapped.items():
+        dtype = layer.base.weight.dtype
+        layer.to(torch.promote_types(dtype, torch.float32))
+        P, Q = layer.factors()
+        layer.base.weight += P @ Q
+        replace(model, name, layer.base.to(dtype))
+    return list(wrapped)
+
+
+# ------------------------------------------------- walking the modules (the same in every file)
+
+
+def find_linears(model, targets):
+    """{dotted name: nn.Linear} for the layers that `targets` name. ValueError as `inject` says."""
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    modules = dict(model.named_modules())
+    adapted = [name for name, m in modules.items() if hasattr(m, "factors")]
+    if adapted:
+        raise ValueError(f"the model is adapted already ({adapted[0]}): merge it first")
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    found = set()
+    for target in targets:
+        if target in linears:
+            hits = [target]
+        else:
+            hits = [name for name in linears if name.endswith("." + target)]
+        if not hits:
+            ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ValueError(f"target '{target}' matches no nn.Linear; names end in: {', '.join(ends)}")
+        found.update(hits)
+    if not found:
+        raise ValueError("no targets given")
+    owners = {}  # parameter -> the modules that hold it
+    for name, module in modules.items():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(p, []).append(name)
+    for name in sorted(found):
+        if len(owners[linears[name].weight]) > 1:
+            raise ValueError(f"layer {name} shares its weight with {owners[linears[name].weight]}: not adapted")
+        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            raise ValueError(f"layer {name} is read, not called, by nn.MultiheadAttention: an adapter would do nothing")
+    return {name: linear for name, linear in linears.items() if name in found}
+
+
+def replace(model, name, module):
+    """Put `module` where the dotted `name` points to."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+# -------------------------------------------------------------------------- the demo
+
+
+def main():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32))
+    x = torch.randn(512, 64)
+    teacher = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32))
+    teacher.load_state_dict(model.state_dict())
+    with torch.no_grad():  # only the middle layer has something to learn, an update of rank 6
+        teacher[2].weight += torch.randn(64, 6) @ torch.randn(6, 64) / 8
+        y, before = teacher(x), model(x)
+    names = inject(model, ["0", "2", "4"], rank_ref=4, delta=2, interval=60, t0=60, alpha=8.0, orth=0.01)
+    print("output unchanged at the start:", torch.equal(model(x), before))
+    print(f"ranks {watch(model)['ranks']}, budget {4 * len(names)} in all; the middle layer is the one that is off")
+    optimizer = torch.optim.AdamW(param_groups(model, lr=5e-3, weight_decay=0.0))
+    total = 600
+    for step in range(1, total + 1):
+        loss = F.mse_loss(model(x), y)
+        if step == 1 or step % 100 == 0:
+            print(f"  step {step:3d}  loss {loss.item():.5f}")
+        optimizer.zero_grad()
+        (loss + penalty(model)).backward()
+        optimizer.step()
+        if event := after_step(model, optimizer, step, total):
+            scores = "  ".join(f"{name}: {score:+.4f}" for name, score in event["scores"].items())
+            print(f"  step {step:3d}  scores  {scores}  -> new ranks {event['grown']}, budget left {event['budget']}")
+    print(f"ranks {watch(model)['ranks']}")
+    adapted = model(x)
+    merge(model)
+    print(f"merged into {model[2]}: largest difference {(model(x) - adapted).abs().max().item():.1e}")
+
+
+if __name__ == "__main__":
+    main()
