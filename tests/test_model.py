@@ -1,0 +1,484 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import model as model_file
+from model import (
+    Config, Transformer, default_targets, generate, head_modules, load_base, logits, rope_tables, rotate,
+    save_base,
+)
+
+KINDS = ["classification", "regression", "span", "lm"]
+# (kind, causal, padding on the left); a kind of the encoder that reads the first token has none on the left.
+LAYOUTS = [(kind, causal, False) for kind in KINDS for causal in (False, True)]
+LAYOUTS += [("span", False, True), ("lm", False, True)] + [(kind, True, True) for kind in KINDS]
+
+
+def build(kind="lm", seed=0, dtype=torch.float64, **settings):
+    """A small model, every number random and large: the biases, norms and segments must matter too."""
+    settings = {"vocab_size": 50, "width": 24, "depth": 2, "heads": 3, "hidden": 40} | settings
+    torch.manual_seed(seed)
+    model = Transformer(Config(**settings), kind, outputs=3).to(dtype).eval()
+    for p in model.parameters():
+        p.data += 0.4 * torch.randn_like(p)
+    return model
+
+
+def padded(rows, pad, left=False):
+    """Lists of ids -> (ids, mask), both (B, T)."""
+    T = max(map(len, rows))
+    fill = [[pad] * (T - len(row)) for row in rows]
+    ids = torch.tensor([f + row if left else row + f for f, row in zip(fill, rows)])
+    lengths = torch.tensor([[len(row)] for row in rows])
+    place = torch.arange(T)
+    return ids, (place >= T - lengths if left else place < lengths).long()
+
+
+def random_rows(seed, lengths, vocab=50):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+# ------------------------------------------------------------------ against a reference
+
+
+def reference(model, ids, types):
+    """Logits of one text (T,) in plain loops over heads and positions, from the weights alone."""
+    w = {name: p.detach() for name, p in model.state_dict().items()}
+    c = model.config
+    T, dim = len(ids), c.width // c.heads
+
+    def linear(name, x):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def norm(name, x):
+        x = x - x.mean(-1, keepdim=True)
+        return x / ((x**2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+
+    def turned(vector, t):
+        out = vector.clone()
+        for i in range(dim // 2):
+            angle = t * 10000 ** (-2 * i / dim)
+            a, b = vector[i], vector[i + dim // 2]
+            out[i] = a * math.cos(angle) - b * math.sin(angle)
+            out[i + dim // 2] = a * math.sin(angle) + b * math.cos(angle)
+        return out
+
+    x = w["embed.weight"][ids] + w["segment.weight"][types]
+    for block in range(c.depth):
+        name = f"blocks.{block}."
+        h = norm(name + "norm1", x)
+        q, k, v = (linear(name + proj, h) for proj in ("q_proj", "k_proj", "v_proj"))
+        y = torch.zeros_like(x)
+        for head in range(c.heads):
+            part = slice(head * dim, (head + 1) * dim)
+            for t in range(T):
+                seen = range(t + 1 if c.causal else T)
+                s = torch.stack([turned(q[t, part], t) @ turned(k[u, part], u) for u in seen])
+                e = torch.exp(s / math.sqrt(dim))
+                y[t, part] = sum(e[u] / e.sum() * v[u, part] for u in seen)
+        x = x + linear(name + "o_proj", y)
+        h = linear(name + "up_proj", norm(name + "norm2", x))
+        x = x + linear(name + "down_proj", 0.5 * h * (1 + torch.erf(h / math.sqrt(2))))
+    x = norm("norm", x)
+    if model.kind == "lm":
+        return x @ w["embed.weight"].T
+    x = linear("head", x)
+    if model.kind == "span":
+        return x
+    x = x[-1] if c.causal else x[0]
+    return x[0] if model.kind == "regression" else x
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_is_the_softmax_rope_and_gelu_written_by_hand(kind, causal):
+    model = build(kind, causal=causal)
+    ids, types = torch.randint(50, (2, 7)), torch.tensor([[0, 0, 0, 0, 1, 1, 1]] * 2)
+    got = model(ids, token_type_ids=types)
+    want = torch.stack([reference(model, row, types[0]) for row in ids])
+    assert want.abs().max() > 0.1 and not torch.allclose(want[0], want[1], atol=0.01)
+    assert got.shape == want.shape
+    error = (got - want).abs().max().item()
+    assert error < 1e-12, error
+
+
+def test_without_rotation_the_outputs_are_others(monkeypatch):
+    """Guards the test above: the positions matter in it."""
+    model = build("span")
+    ids = torch.randint(50, (1, 7))
+    with_positions = model(ids)
+    monkeypatch.setattr(model_file, "rotate", lambda x, cos, sin: x)
+    without = model(ids)
+    assert (with_positions - without).abs().max() > 0.01
+
+
+def test_rope_scores_depend_on_the_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    cos, sin = rope_tables(40, 8, torch.float64, "cpu")
+    score = rotate(q.expand(40, 8), cos, sin) @ rotate(k.expand(40, 8), cos, sin).T  # (40, 40)
+    for s, t in [(5, 3), (9, 1), (0, 7), (12, 12)]:
+        error = (score[s, t] - score[s + 20, t + 20]).abs().item()
+        assert error < 1e-12, error
+    assert abs(score[12, 12] - q @ k) < 1e-12
+    assert (score[5, 3] - score[5, 4]).abs() > 1e-3 and (score[5, 3] - score[3, 5]).abs() > 1e-3
+
+
+def test_rope_keeps_lengths():
+    torch.manual_seed(0)
+    x = torch.randn(30, 8, dtype=torch.float64)
+    y = rotate(x, *rope_tables(30, 8, torch.float64, "cpu"))
+    assert not torch.equal(x, y)
+    torch.testing.assert_close(y.norm(dim=1), x.norm(dim=1), rtol=1e-12, atol=0)
+
+
+def test_rope_tables_of_bfloat16_are_the_rounded_exact_ones():
+    """Counted in bfloat16, position 257 would be 256."""
+    exact = rope_tables(600, 8, torch.float64, "cpu")
+    for got, want in zip(rope_tables(600, 8, torch.bfloat16, "cpu"), exact):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - want).abs().max() < 2**-8
+
+
+# ----------------------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize("kind, causal, left", LAYOUTS)
+def test_padded_batch_gives_the_logits_of_the_unpadded_rows(kind, causal, left):
+    """On the left too: rotary positions are relative, so a shifted text is the same text."""
+    model = build(kind, causal=causal)
+    for seed in range(3):
+        rows = random_rows(seed, [9, 4, 1, 6])
+        ids, mask = padded(rows, pad=0, left=left)
+        got = model(ids, mask)
+        assert got.isfinite().all()
+        for row, y, keep in zip(rows, got, mask.bool()):
+            want = model(torch.tensor([row]))[0]
+            error = ((y[keep] if kind in ("span", "lm") else y) - want).abs().max().item()
+            assert error < 1e-12, error
+
+
+@pytest.mark.parametrize("kind, causal, left", LAYOUTS)
+def test_ids_and_types_at_padding_change_nothing(kind, causal, left):
+    model = build(kind, causal=causal)
+    ids, mask = padded(random_rows(0, [9, 4, 1, 6]), pad=0, left=left)
+    types = torch.zeros_like(ids)
+    other = torch.where(mask == 0, torch.randint(1, 50, ids.shape), ids)
+    one, two = model(ids, mask, types), model(other, mask, 1 - mask)
+    if kind in ("span", "lm"):
+        one, two = one[mask.bool()], two[mask.bool()]
+    assert torch.equal(one, two)
+    unmasked = [model(x, torch.ones_like(mask)) for x in (ids, other)]
+    assert not torch.equal(*unmasked)  # so it was the mask that hid them
+
+
+def test_mask_of_ones_is_no_mask():
+    for causal in (False, True):
+        model = build("lm", causal=causal)
+        ids = torch.randint(50, (3, 8))
+        error = (model(ids, torch.ones_like(ids)) - model(ids)).abs().max().item()
+        assert error < 1e-12, error
+
+
+def test_no_gradient_reaches_the_padding():
+    for causal in (False, True):
+        model = build("classification", causal=causal)
+        ids, mask = padded([[1, 2, 3, 4, 5], [6, 7]], pad=49)
+        model(ids, mask).square().sum().backward()
+        assert (model.embed.weight.grad[1:8].abs().amax(1) > 0).all()
+        assert (model.embed.weight.grad[49] == 0).all()
+
+
+def test_pooling_reads_the_first_token_or_the_last_unpadded_one():
+    ids, mask = padded([[1, 2, 3, 4, 5], [6, 7], [8, 9, 10]], pad=0)
+    encoder, decoder = build("classification"), build("classification", causal=True)
+    torch.testing.assert_close(encoder(ids, mask), encoder.head(encoder.encode(ids, mask)[:, 0]))
+    h = decoder.encode(ids, mask)
+    torch.testing.assert_close(decoder(ids, mask), decoder.head(h[[0, 1, 2], [4, 1, 2]]))
+    torch.testing.assert_close(decoder(ids), decoder.head(decoder.encode(ids)[:, -1]))
+    assert not torch.allclose(h[1, 1], h[1, 4])
+
+
+# --------------------------------------------------------------------------- causality
+
+
+def test_later_token_changes_no_earlier_logit_of_the_decoder():
+    model = build("lm", causal=True)
+    ids = torch.randint(50, (2, 8))
+    for t in range(8):
+        other = ids.clone()
+        other[:, t] = (other[:, t] + 1) % 50
+        for mask in (None, torch.ones_like(ids)):
+            before, after = model(ids, mask), model(other, mask)
+            assert torch.equal(before[:, :t], after[:, :t])
+            assert ((before[:, t:] - after[:, t:]).abs().amax(-1) > 1e-6).all()
+
+
+def test_every_token_changes_every_logit_of_the_encoder():
+    model = build("lm")
+    ids = torch.randint(50, (2, 8))
+    for t in range(8):
+        other = ids.clone()
+        other[:, t] = (other[:, t] + 1) % 50
+        assert ((model(ids) - model(other)).abs().amax(-1) > 1e-6).all()
+
+
+# ------------------------------------------------------------ parameters, initial values
+
+
+@pytest.mark.parametrize(
+    "kind, outputs, head", [("classification", 3, 3), ("regression", 0, 1), ("span", 0, 2), ("lm", 0, 0)]
+)
+def test_parameter_counts(kind, outputs, head):
+    for V, d, depth, heads, hidden in [(50, 24, 2, 3, 40), (1000, 128, 4, 4, 512), (7, 8, 1, 1, 3)]:
+        model = Transformer(Config(V, d, depth, heads, hidden), kind, outputs)
+        block = 4 * (d * d + d) + (hidden * d + hidden) + (d * hidden + d) + 2 * 2 * d
+        want = V * d + 2 * d + depth * block + 2 * d + head * (d + 1)
+        assert sum(p.numel() for p in model.parameters()) == want
+
+
+def test_submodules_are_named_as_the_papers_matrices():
+    names = [name for name, _ in Transformer(Config(9, 8, 1, 2, 16), "span").named_modules() if name]
+    block = ["", ".norm1", ".q_proj", ".k_proj", ".v_proj", ".o_proj", ".norm2", ".up_proj", ".down_proj"]
+    assert names == ["embed", "segment", "blocks", *("blocks.0" + b for b in block), "norm", "head"]
+
+
+def test_default_targets_are_the_six_matrices_of_each_block_and_the_head_is_apart():
+    six = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    for kind in KINDS:
+        model = Transformer(Config(9, 8, 3, 2, 16), kind, 2)
+        assert default_targets(model) == [f"blocks.{i}.{name}" for i in range(3) for name in six]
+        assert head_modules(model) == ([] if kind == "lm" else ["head"])
+
+
+def test_initial_values_are_gpt2s():
+    torch.manual_seed(0)
+    model = Transformer(Config(2000, depth=6), "classification", 400)
+    assert model.embed.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    for block in model.blocks:
+        for name in ("q_proj", "k_proj", "v_proj", "up_proj"):
+            assert getattr(block, name).weight.std().item() == pytest.approx(0.02, rel=0.05)
+        for name in ("o_proj", "down_proj"):
+            assert getattr(block, name).weight.std().item() == pytest.approx(0.02 / math.sqrt(12), rel=0.05)
+    for name, p in model.named_parameters():
+        if name.endswith(".bias"):
+            assert (p == 0).all()
+        elif "norm" in name:
+            assert (p == 1).all()
+
+
+def test_language_model_shares_its_embedding():
+    model = build("lm")
+    assert not [name for name, _ in model.named_parameters() if "head" in name]
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    before = model(ids)
+    model.embed.weight.data[7] *= 2  # no word of the texts
+    assert before[..., 7].abs().max() > 0.1
+    torch.testing.assert_close(model(ids)[..., 7], 2 * before[..., 7])
+    assert torch.equal(model(ids)[..., :7], before[..., :7])
+
+
+def test_positions_select_logits():
+    for causal in (False, True):
+        model = build("lm", causal=causal)
+        ids, mask = padded(random_rows(1, [9, 4, 6]), pad=0)
+        positions = (torch.rand(ids.shape) < 0.3) & mask.bool()
+        assert 0 < positions.sum() < mask.sum()
+        torch.testing.assert_close(model(ids, mask, positions=positions), model(ids, mask)[positions])
+        batch = {"input_ids": ids, "attention_mask": mask}
+        torch.testing.assert_close(logits(model, batch, positions), model(ids, mask)[positions])
+
+
+# ----------------------------------------------------------------- training-time options
+
+
+def test_checkpointing_gives_the_same_gradients():
+    for causal, dropout in [(False, 0.0), (True, 0.0), (False, 0.3)]:
+        plain = build("span", causal=causal, dropout=dropout).train()
+        saving = copy.deepcopy(plain)
+        saving.checkpointing = True
+        recomputed = []
+        saving.blocks[0].up_proj.register_forward_hook(lambda *_: recomputed.append(1))
+        ids, mask = padded(random_rows(2, [9, 4, 6]), pad=0)
+        for model in (plain, saving):
+            torch.manual_seed(5)
+            model(ids, mask).square().sum().backward()
+        assert len(recomputed) == 2
+        for (name, p), q in zip(plain.named_parameters(), saving.parameters()):
+            assert p.grad.abs().max() > 0 or name.endswith("k_proj.bias"), name
+            assert torch.equal(p.grad, q.grad), name
+
+
+def test_dropout_acts_in_training_only_and_its_rate_may_be_set_later():
+    model = build("classification", dropout=0.0)
+    ids = torch.randint(50, (4, 6))
+    still = model(ids)
+    assert torch.equal(model.train()(ids), still)
+    model.config.dropout = 0.5
+    assert not torch.equal(model(ids), still)
+    assert torch.equal(model.eval()(ids), still)
+
+
+def test_bfloat16_autocast_stays_close():
+    model = build("classification", dtype=torch.float32)
+    ids, mask = padded(random_rows(3, [9, 4, 6]), pad=0)
+    want = model(ids, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(ids, mask)
+    error = (got - want).abs().max().item()
+    assert got.dtype == torch.bfloat16 and 0 < error < 0.05 * want.abs().max(), error
+
+
+# ----------------------------------------------------------------------------- logits()
+
+
+def test_logits_have_the_kind_s_shape_and_see_the_types():
+    ids, mask = padded(random_rows(4, [9, 4, 6]), pad=0)
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids), "index": None}
+    shapes = {"classification": (3, 3), "regression": (3,), "span": (3, 9, 2), "lm": (3, 9, 50)}
+    for kind, shape in shapes.items():
+        model = build(kind)
+        y = logits(model, batch)
+        assert y.shape == shape
+        assert not torch.equal(y, logits(model, batch | {"token_type_ids": torch.ones_like(ids)}))
+        assert torch.equal(y, logits(model, {"input_ids": ids, "attention_mask": mask}))
+
+
+def test_span_loss_does_not_depend_on_the_padding():
+    model = build("span")
+    row = random_rows(5, [6])[0]
+    losses = []
+    for length in (6, 7, 40):
+        ids, mask = padded([row, [3] * length], pad=0)
+        y = logits(model, {"input_ids": ids, "attention_mask": mask})[:1]
+        assert (y[:, 6:] == -math.inf).all() and y[:, :6].isfinite().all()
+        loss = F.cross_entropy(y.transpose(1, 2).reshape(2, -1), torch.tensor([1, 4]))
+        model.zero_grad()
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        losses.append(loss.item())
+    assert max(losses) - min(losses) < 1e-12 and losses[0] > 0.1
+
+
+# ------------------------------------------------------------------------------ generate
+
+
+def test_generate_is_the_argmax_loop():
+    model = build("lm", causal=True)
+    prompts = random_rows(6, [5, 1, 8, 3])
+    got = generate(model, prompts, max_new=7, stop_id=-1)
+    for prompt, new in zip(prompts, got):
+        ids = list(prompt)
+        for _ in range(7):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        assert new == ids[len(prompt):]
+    assert len({tuple(new) for new in got}) == 4
+
+
+def test_generate_stops_at_the_stop_id_and_leaves_it_out():
+    model = build("lm", causal=True)
+    prompts = random_rows(6, [5, 1, 8, 3])
+    free = generate(model, prompts, max_new=7, stop_id=-1)
+    stop = free[0][3]
+    want = [new[: new.index(stop)] if stop in new else new for new in free]
+    assert generate(model, prompts, max_new=7, stop_id=stop) == want
+    assert len(want[0]) <= 3 and any(len(new) > len(want[0]) for new in want)
+    assert generate(model, prompts, max_new=0, stop_id=stop) == [[], [], [], []]
+    assert generate(model, [], max_new=3, stop_id=stop) == []
+
+
+# ------------------------------------------------------------------------------- on disk
+
+
+def test_saved_base_comes_back_in_float16_precision_under_any_head(tmp_path):
+    for causal in (False, True):
+        model = build("lm", causal=causal, dtype=torch.float32, dropout=0.1)
+        for p in model.parameters():
+            p.data = p.data.half().float()  # so that float16 loses nothing
+        path = tmp_path / "base.safetensors"
+        save_base(model, path)
+        assert [p.name for p in tmp_path.iterdir()] == ["base.safetensors"]
+        ids = torch.randint(50, (2, 6))
+        for kind in KINDS:
+            loaded = load_base(path, kind, outputs=3).eval()
+            assert loaded.kind == kind and loaded.config == model.config
+            assert all(p.dtype == torch.float32 for p in loaded.parameters())
+            assert torch.equal(loaded.encode(ids), model.encode(ids))
+            assert model.encode(ids).abs().max() > 0.1
+
+
+def test_head_is_not_saved_and_is_new_at_every_load(tmp_path):
+    path = tmp_path / "base.safetensors"
+    save_base(build("classification"), path)
+    one, two = load_base(path, "classification", 3), load_base(path, "classification", 3)
+    assert not torch.equal(one.head.weight, two.head.weight)
+    assert one.head.weight.abs().max() < 0.2  # drawn at 0.02; the saved model's is at 0.4
+    assert torch.equal(one.embed.weight, two.embed.weight)
+
+
+def test_saving_leaves_the_model_alone_and_overflow_leaves_the_file_alone(tmp_path):
+    model = build("lm")
+    before = copy.deepcopy(model.state_dict())
+    path = tmp_path / "base.safetensors"
+    save_base(model, path)
+    good = path.read_bytes()
+    for name, p in model.state_dict().items():
+        assert p.dtype == torch.float64 and torch.equal(p, before[name])
+    model.embed.weight.data[3, 3] = 1e6
+    with pytest.raises(ValueError, match="embed.weight.*float16"):
+        save_base(model, path)
+    assert path.read_bytes() == good
+
+
+def test_wrong_files_are_refused_in_one_line(tmp_path):
+    good, path = tmp_path / "good.safetensors", tmp_path / "base.safetensors"
+    model = build("lm")
+    save_base(model, good)
+    whole = good.read_bytes()
+    cases = {
+        "not a whole safetensors file": [
+            b"", b"hello", whole[:-1], whole[: len(whole) // 2], whole[:5], whole + b"x",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        ]
+    }
+    for message, contents in cases.items():
+        for content in contents:
+            path.write_bytes(content)
+            assert message in refused(path)
+    save_file({"x": torch.zeros(2)}, path)
+    assert "not written by save_base" in refused(path)
+    save_file({"x": torch.zeros(2)}, path, {"format": "pt"})
+    assert "not written by save_base" in refused(path)
+    for config in ('{"vocab_size": 50, "colour": 3}', "{}", '{"vocab_size": 50}'):
+        save_file(model.state_dict(), path, {"transformer": config})
+        assert "not those of its config" in refused(path)
+    assert "no such file" in refused(tmp_path / "nowhere.safetensors")
+    assert "no such file" in refused(tmp_path)
+
+
+def refused(path):
+    with pytest.raises(ValueError) as error:
+        load_base(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "config, kind, outputs, message",
+    [
+        (Config(9, width=12, heads=4), "lm", 0, "width 12"),
+        (Config(9), "sentence", 0, "'sentence'"),
+        (Config(9), "classification", 1, "outputs >= 2"),
+    ],
+)
+def test_impossible_models_are_refused(config, kind, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        Transformer(config, kind, outputs)
