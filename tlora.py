@@ -188,9 +188,9 @@ def find_linears(model, targets):
             owners.setdefault(p, []).append(name)
     for name in sorted(found):
         if len(owners[linears[name].weight]) > 1:
-            raise ValueError(f"layer {name} shares its weight with {owners[linears[name].weight]}: not adapted")
+            raise ValueError(f"layer {name} is not adapted: {owners[linears[name].weight]} share its weight")
         if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-            raise ValueError(f"layer {name} is read, not called, by nn.MultiheadAttention: an adapter would do nothing")
+            raise ValueError(f"layer {name} is not adapted: nn.MultiheadAttention reads its weight, never calls it")
     return {name: linear for name, linear in linears.items() if name in found}
 
 

@@ -1,0 +1,550 @@
+"""Task-aware TLoRA: Task-aware Low Rank Adaptation (Lin et al. 2026, arXiv 2604.18124).
+
+LoRA whose A is not drawn but computed: before training the model looks at N samples of the task.
+
+    h = W0 x + s_i B A x        A (r_i, n) frozen, B (m, r_i) trained from zero        (Eq. 1)
+
+With A frozen, updates of W0 stay in the row space of A, so that space has to be right: a step of SGD
+from B = 0 makes dW = -eta s_i^2 dL/dW A^T A (Eq. 2; the paper forgets one s_i, that of dL/dB). A is
+the top r_i right singular vectors of W0 C, C the second moment of the layer's input (Eq. 4). A layer
+that matters more to the loss (Eq. 5) gets more of the ranks (Eq. 6) and a larger scale s_i (Eq. 7):
+r_i m trained numbers per layer. This file needs torch alone; copy it and call
+
+    plan = calibrate(model, ["q_proj", "v_proj"], batches, loss_fn, rank=8, alpha=16.0)
+    names = inject(model, ["q_proj", "v_proj"], plan=plan)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.0))
+    ...                                 # train as usual
+    merge(model)                        # back to plain nn.Linear layers
+
+The authors' code (github.com/Rambo-Yi/TLora) differs from their paper: it centres each sample
+(`center=True`), its scripts calibrate on 256 samples, the largest layer gets what rounding loses, the
+scale is max(alpha, round(L alpha p_i)) / r, never below LoRA's, and A is not frozen (`train_a=True`).
+
+`python task_tlora.py` shows it on two layers.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Allocation:
+    """What one layer gets. A (rank, n), or None: drawn as LoRA draws it. Rank 0: no adapter."""
+
+    rank: int
+    scaling: float  # s_i = alpha_i / r_i
+    A: torch.Tensor | None = None
+    score: float = 0.0  # S_i of Eq. 5; zero where nothing was measured
+    share: float = 0.0  # p_i = S_i / sum_j S_j
+    spectrum: tuple = ()  # the eigenvalues of C_i, largest first
+
+
+class TaskTLoRALinear(nn.Module):
+    """A frozen nn.Linear with the update s_i B A. Input (..., n), output (..., m)."""
+
+    def __init__(self, base, allocation, train_a, dropout):
+        super().__init__()
+        m, n = base.weight.shape
+        rank = allocation.rank
+        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.base = base
+        self.scaling, self.dropout = allocation.scaling, dropout
+        self.share = nn.Buffer(torch.tensor(allocation.share))  # for `watch` alone
+        A = torch.empty(rank, n, **like)
+        if allocation.A is None:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as baselines/lora.py: uniform on +-1/sqrt(n)
+        else:
+            A.copy_(allocation.A)
+        self.A = nn.Parameter(A) if train_a else nn.Buffer(A)
+        self.B = nn.Parameter(torch.zeros(m, rank, **like))
+
+    # Some models look at their layers instead of calling them (T5 asks for wo.weight.dtype).
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+    in_features = property(lambda self: self.base.in_features)
+    out_features = property(lambda self: self.base.out_features)
+
+    @property
+    def rank(self):
+        return self.A.shape[0]
+
+    def factors(self):
+        """P (m, r), Q (r, n) with dW = P @ Q, the scaling absorbed in P."""
+        return self.scaling * self.B, self.A
+
+    def forward(self, x):
+        h = F.dropout(x, self.dropout, self.training)  # (..., n)
+        h = F.linear(h, self.A)  # (..., r)
+        # Scaling B costs m*r numbers, scaling the output would cost m for every token.
+        return self.base(x) + F.linear(h, self.scaling * self.B)  # (..., m)
+
+    # The scaling is a Python float: a buffer would be rounded by .to(torch.bfloat16). These two, which
+    # state_dict and load_state_dict call, keep it with the weights, in float64.
+    def get_extra_state(self):
+        return torch.tensor(self.scaling, dtype=torch.float64)
+
+    def set_extra_state(self, state):
+        self.scaling = state.item()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "A" in state_dict:  # ranks differ between layers and runs: take the stored one
+            rank = state_dict[prefix + "A"].shape[0]
+            self.A.data = self.A.data.new_empty(rank, self.in_features)
+            self.B.data = self.B.data.new_empty(self.out_features, rank)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+# ---------------------------------------------------------------- what the samples tell
+
+
+def sensitivity(weight, gradient):
+    """Eq. 5: S(W) = mean of |w dL/dw| over the entries of W (m, n). Float32 at least; a 0-dim tensor."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(dtype) * gradient.to(dtype)).abs().mean()
+
+
+def covariance(X, center=False):
+    """X^T X (n, n) of a layer's input X (..., n), summed over the tokens, in float32 at least.
+
+    Uncentred, as Algorithm 1 writes it; Eq. 8 says Cov: `center` subtracts the mean of the tokens.
+    """
+    with torch.autocast(X.device.type, enabled=False):  # which would make the product bfloat16
+        X = X.reshape(-1, X.shape[-1]).to(torch.promote_types(X.dtype, torch.float32))
+        if center:
+            X = X - X.mean(0)
+        return X.mT @ X
+
+
+def measure(model, linears, batches, loss_fn, samples, center):
+    """Lines 1 to 11 of Algorithm 1: the list of S_i and {name: C_i (n, n), on the CPU}."""
+    scores = dict.fromkeys(linears, 0.0)
+    covariances = {}
+    for name, linear in linears.items():
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        covariances[name] = torch.zeros(linear.in_features, linear.in_features, dtype=dtype)
+
+    def see_input(name, X):
+        C = covariance(X.detach(), center)
+        if not C.isfinite().all():
+            raise ValueError(f"layer {name} gets NaN, infinity or values too large to square as input")
+        covariances[name] += C.cpu()  # n n numbers a layer: an accelerator may not have room for all
+
+    def see_gradient(name, weight):
+        score = sensitivity(weight.detach(), weight.grad).item()
+        weight.grad = None  # before backward makes the next layer's: one at most is alive
+        if not math.isfinite(score):
+            raise ValueError(f"the gradient of layer {name} has NaN or infinity")
+        scores[name] += score
+
+    modes = {module: module.training for module in model.modules()}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    hooks, count = [], 0
+    try:
+        model.eval().requires_grad_(False)
+        for name, linear in linears.items():
+            weight = linear.weight.requires_grad_(True)
+            weight.grad = None
+            hooks += [
+                linear.register_forward_pre_hook(lambda linear, args, name=name: see_input(name, args[0])),
+                weight.register_post_accumulate_grad_hook(lambda w, name=name: see_gradient(name, w)),
+            ]
+        for count, batch in zip(range(1, samples + 1), batches):
+            with torch.enable_grad():
+                loss = loss_fn(model, batch)
+            if not loss.isfinite():
+                raise ValueError(f"the loss of calibration sample {count} is {loss.item()}")
+            if loss.requires_grad:  # not if the sample passed by every target
+                loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
+    if not count:
+        raise ValueError("there is no sample to calibrate on")
+    return [S / count for S in scores.values()], {name: C / count for name, C in covariances.items()}
+
+
+# ------------------------------------------------------------------- ranks and scalings
+
+
+def shares(scores):
+    """p_i = S_i / sum_j S_j as a list; all equal if every score is zero."""
+    largest = max(scores)
+    scores = [S / largest if largest else 1.0 for S in scores]  # huge ones have no sum in floats
+    total = sum(scores)
+    return [S / total for S in scores]
+
+
+def allocate_ranks(scores, budget, caps):
+    """Eq. 6: r_i = round(R_total p_i) as a list, with 0 <= r_i <= caps[i] and sum r_i = R_total = `budget`.
+
+    Rounding each alone breaks the budget: the largest remainders are rounded up, as many as it takes
+    (the same, where rounding keeps the budget). What a cap frees goes to the other layers, by their
+    scores. A budget above the sum of the caps is clipped, with a warning.
+    """
+    if budget > sum(caps):
+        warnings.warn(f"a total rank of {budget} is more than the layers can hold: clipped to {sum(caps)}")
+    ranks, rest = [0] * len(caps), list(range(len(caps)))
+    while rest:
+        quotas = {i: budget * p for i, p in zip(rest, shares([scores[i] for i in rest]))}
+        full = [i for i in rest if quotas[i] >= caps[i]]
+        if not full:
+            break
+        for i in full:  # which only raises the other quotas: none of these would come back
+            ranks[i] = caps[i]
+            budget -= caps[i]
+            rest.remove(i)
+    for i in rest:
+        ranks[i] = math.floor(quotas[i])
+        budget -= ranks[i]
+    for i in sorted(rest, key=lambda i: ranks[i] - quotas[i])[:budget]:  # ties in the model's order
+        ranks[i] += 1
+    return ranks
+
+
+def scalings(scores, ranks, rank, alpha, adapt_scale=True):
+    """s_i = alpha_i / r_i as a list.
+
+    Eq. 7: alpha_i = r_i (alpha_total / r_init) p_i with alpha_total = L alpha, so s_i = L (alpha / rank) p_i.
+    Without scale adaptation s_i = alpha / r_i: the more important the layer, the smaller (Sec. 3.3).
+    """
+    if not adapt_scale:
+        return [alpha / r if r else 0.0 for r in ranks]
+    equal = 1 / len(scores)
+    return [alpha / rank * (p / equal) for p in shares(scores)]  # p = 1 / L gives alpha / rank to the bit
+
+
+# ---------------------------------------------------------------------------- what A is
+
+
+def exact_vectors(M, r):
+    """The first r right singular vectors of M (m, n), as rows (r, n)."""
+    return torch.linalg.svd(M, full_matrices=False).Vh[:r]
+
+
+def fast_vectors(M, r):
+    """The same space without the full SVD: power iterations on M^T M that keep every iterate.
+
+    (Block Krylov, Musco & Musco 2015, arXiv 1504.05477.) `width` random columns are multiplied by
+    M^T M again and again, and the singular vectors are sought in the span of all columns seen. The
+    last ones alone take more than 50 steps where sigma_r = 1.05 sigma_(r+1) and the rest is flat; all
+    of them take about log n. bench/svd.md shows times and agreement.
+    """
+    n = M.shape[1]
+    width = min(r + 8, n)
+    steps = min(n.bit_length() + 2, n // width)  # n // width steps fill R^n
+    # A generator of its own: what the run draws does not depend on it.
+    start = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=M.dtype)
+    blocks = [start.to(M.device)]
+    for _ in range(steps):
+        blocks.append(torch.linalg.qr(M.mT @ (M @ blocks[-1])).Q)  # (n, width)
+    Q = torch.linalg.qr(torch.cat(blocks, dim=1)[:, :n]).Q  # (n, k)
+    return exact_vectors(M @ Q, r) @ Q.mT
+
+
+def square_roots(C, eps=1e-6):
+    """(C + eps I)^(1/2) and its inverse, both (n, n). eps is absolute, as in Appendix A."""
+    values, vectors = torch.linalg.eigh(C)
+    root = (values.clamp_min(0) + eps).sqrt()  # C has no negative ones, but rounding has
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def init_A(W, C, r, init="wc", svd="fast"):
+    """A (r, n) from W (m, n) and C (n, n). Its rows are orthonormal, except with "theory".
+
+    wc      Eq. 4: A = V_r^T of W C. The method.
+    theory  Eqs. 3, 16: A = V_r^T C^(-1/2), V_r of W C^(1/2). Optimal on paper (Appendix A), but it
+            divides by the small eigenvalues of C, of which there are many: the paper sees it diverge.
+    w       V_r^T of W alone (Appendix D.2).
+    """
+    vectors = {"exact": exact_vectors, "fast": fast_vectors}[svd]
+    if init == "w":
+        return vectors(W, r)
+    if init == "theory":
+        root, inverse_root = square_roots(C)
+        return vectors(W @ root, r) @ inverse_root
+    # The scale of C does not change the vectors, but squared it could leave the range of floats.
+    return vectors(W @ (C / C.abs().max().clamp_min(torch.finfo(C.dtype).tiny)), r)
+
+
+# ---------------------------------------------- Appendix A and B: why this A (for analysis only)
+
+
+def objective(A, C, delta):
+    """Eq. 9: J(A) = Tr[A C D^T D C A^T (A C A^T)^-1], D (m, n) the ideal update. A 0-dim tensor.
+
+    What B can reach with A frozen: the larger, the less is lost (Eq. 8). Where A C A^T is singular
+    its pseudo-inverse is meant.
+    """
+    DCA = delta @ C @ A.mT  # (m, r)
+    return torch.trace(DCA.mT @ DCA @ torch.linalg.pinv(A @ C @ A.mT, hermitian=True))
+
+
+def expected_loss(A, C, delta, noise=0.0):
+    """Eq. 8: the mean squared error with the best B for this A. `noise` is d_out sigma^2."""
+    return noise + torch.trace(delta @ C @ delta.mT) - objective(A, C, delta)
+
+
+def projector(A):
+    """P = A^T (A A^T)^-1 A (n, n), onto the row space of A. Eq. 10: J(A) = Tr[P M], P of A C^(1/2)."""
+    return torch.linalg.pinv(A) @ A
+
+
+def target_matrix(delta, C):
+    """M = (D C^(1/2))^T (D C^(1/2)) (n, n) of Eq. 10. The ideal update D is unknown before training:
+    with W0 in its place this is Appendix A's proxy."""
+    root, _ = square_roots(C, eps=0.0)
+    return (delta @ root).mT @ (delta @ root)
+
+
+def upper_bound(M, r):
+    """Eq. 12: no A of rank r has a J(A) above the sum of the r largest eigenvalues of M."""
+    return torch.linalg.eigvalsh(M)[-r:].sum()
+
+
+def subspace_similarity(U, V):
+    """Eqs. 15, 17: ||U^T V||_F^2 / r of the row spaces of U and V (r, n): 1 = equal, 0 = orthogonal."""
+    U, V = torch.linalg.qr(U.mT).Q, torch.linalg.qr(V.mT).Q
+    return (U.mT @ V).square().sum() / U.shape[1]
+
+
+# ------------------------------------------------------------------------- the verbs
+
+
+def calibrate(
+    model,
+    targets,
+    batches,
+    loss_fn,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    samples: int = 32,
+    init: Literal["wc", "w", "random", "theory"] = "wc",
+    svd: Literal["exact", "fast"] = "fast",
+    adapt_rank: bool = True,
+    adapt_scale: bool = True,
+    center: bool = False,
+):
+    """Algorithm 1: look at the task, return the plan {layer name: Allocation} for `inject`.
+
+    `batches` yields batches of one example each (wrap it in tqdm for a progress bar; fewer than
+    `samples` will do), loss_fn(model, batch) gives the scalar loss. The model is in eval mode
+    meanwhile; modes, requires_grad and the state of the random generator come back as they were.
+    ValueError as `inject` says, if there is no batch, and where a layer sees NaN or infinity.
+
+    Options:
+        rank: rank r of the update; with adapted ranks, of the average layer
+        alpha: the update is scaled by alpha / rank; with adapted scales, in the average layer
+        samples: calibration samples N, the first of the training set in the seeded order
+        init: what A is: wc = the singular vectors of W C, the method; w = of W alone;
+            random = as LoRA draws it; theory = Eq. 16, which is unstable
+        svd: exact = a full SVD; fast = the same space by random projection, six times as fast
+            at 1024 inputs and rank 8, a millisecond slower at 128
+        adapt_rank: a layer's rank follows its importance (Eq. 6); otherwise all have `rank`
+        adapt_scale: a layer's scale follows its importance (Eq. 7); otherwise it is alpha / its rank
+        center: C is a covariance, each sample's mean subtracted, as in the authors' code
+    """
+    linears = find_linears(model, targets)
+    if rank < 1:
+        raise ValueError(f"rank {rank} is below 1")
+    if init not in ("wc", "w", "random", "theory"):
+        raise ValueError(f"init '{init}' is unknown: allowed are wc, w, random, theory")
+    if svd not in ("exact", "fast"):
+        raise ValueError(f"svd '{svd}' is unknown: allowed are exact, fast")
+    scores, covariances = measure(model, linears, batches, loss_fn, samples, center)
+    caps = [min(linear.weight.shape) for linear in linears.values()]
+    ranks = allocate_ranks(scores, len(caps) * rank, caps) if adapt_rank else [min(rank, cap) for cap in caps]
+    scales = scalings(scores, ranks, rank, alpha, adapt_scale)
+    plan = {}
+    for (name, linear), r, s, score, share in zip(linears.items(), ranks, scales, scores, shares(scores)):
+        W = linear.weight.detach()
+        # float64, because C squares the spread of the activations' scales; on a GPU, but MPS has none.
+        C = covariances.pop(name).to(W.device if W.is_cuda else "cpu", torch.float64)
+        A = None if init == "random" or r == 0 else init_A(W.to(C), C, r, init, svd).cpu()
+        spectrum = torch.linalg.eigvalsh(C).clamp_min(0).flip(0)
+        plan[name] = Allocation(r, s, A, score, share, tuple(spectrum.tolist()))
+    return plan
+
+
+def inject(
+    model,
+    targets,
+    *,
+    plan=None,
+    rank: int = 8,
+    alpha: float = 16.0,
+    train_a: bool = False,
+    dropout: float = 0.0,
+):
+    """Freeze `model` and wrap every nn.Linear whose dotted name ends in one of `targets`.
+
+    A target that is a layer's full name means that layer alone. `plan` is what `calibrate` returned
+    for the same targets; without it every layer gets `rank`, alpha / rank and a random A. A layer
+    with rank 0 stays as it is. Returns the names wrapped, in the model's order. ValueError if a
+    target matches nothing, a rank does not fit a layer or the plan is not for these layers.
+
+    Options:
+        rank: rank r of the update; with adapted ranks, of the average layer
+        alpha: the update is scaled by alpha / rank; with adapted scales, in the average layer
+        train_a: train A as well (the paper's Table 5); otherwise B alone
+        dropout: dropout on the adapter's input
+    """
+    linears = find_linears(model, targets)
+    if plan is None:
+        for name, linear in linears.items():
+            if not 1 <= rank <= min(linear.weight.shape):
+                raise ValueError(
+                    f"rank {rank} does not fit layer {name} {tuple(linear.weight.shape)}: "
+                    f"allowed are 1 to {min(linear.weight.shape)}"
+                )
+        plan = {name: Allocation(rank, alpha / rank) for name in linears}
+    if set(plan) != set(linears):
+        raise ValueError(f"the plan is for other layers: {', '.join(sorted(set(plan) ^ set(linears)))}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout} is not in [0, 1)")
+    names = [name for name in linears if plan[name].rank]
+    model.requires_grad_(False)
+    for name in names:
+        linear = linears[name]
+        replace(model, name, TaskTLoRALinear(linear, plan[name], train_a, dropout).train(linear.training))
+    return names
+
+
+def param_groups(model, lr, weight_decay):
+    """Groups for torch.optim.AdamW: whatever is trainable (B, the task head), one rate, one decay."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
+
+
+@torch.no_grad()
+def merge(model):
+    """Fold dW into W0 and give the plain nn.Linear back; returns the names merged.
+
+    Summed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped,
+    so a second merge is refused.
+    """
+    wrapped = {name: m for name, m in model.named_modules() if isinstance(m, TaskTLoRALinear)}
+    if not wrapped:
+        raise ValueError("nothing to merge: the model holds no TaskTLoRALinear (merged already?)")
+    for name, layer in wrapped.items():
+        dtype = layer.base.weight.dtype
+        layer.to(torch.promote_types(dtype, torch.float32))
+        P, Q = layer.factors()
+        layer.base.weight += P @ Q
+        replace(model, name, layer.base.to(dtype))
+    return list(wrapped)
+
+
+def watch(model):
+    """{quantity: {layer name: number}}, what is worth seeing after a run; none changes during it."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, TaskTLoRALinear)}
+    return {
+        "ranks": {name: layer.rank for name, layer in layers.items()},
+        "importance": {name: layer.share.item() for name, layer in layers.items()},
+        "scaling": {name: layer.scaling for name, layer in layers.items()},
+    }
+
+
+def describe(plan):
+    """{layer name: {quantity: number or list}} for a JSON file: all of the plan but A, rank 0 included."""
+    keys = ("rank", "scaling", "score", "share", "spectrum")
+    return {name: {key: getattr(allocation, key) for key in keys} for name, allocation in plan.items()}
+
+
+# ------------------------------------------------- walking the modules (the same in every file)
+
+
+def find_linears(model, targets):
+    """{dotted name: nn.Linear} for the layers that `targets` name. ValueError as `inject` says."""
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    modules = dict(model.named_modules())
+    adapted = [name for name, m in modules.items() if hasattr(m, "factors")]
+    if adapted:
+        raise ValueError(f"the model is adapted already ({adapted[0]}): merge it first")
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    found = set()
+    for target in targets:
+        if target in linears:
+            hits = [target]
+        else:
+            hits = [name for name in linears if name.endswith("." + target)]
+        if not hits:
+            ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ValueError(f"target '{target}' matches no nn.Linear; names end in: {', '.join(ends)}")
+        found.update(hits)
+    if not found:
+        raise ValueError("no targets given")
+    owners = {}  # parameter -> the modules that hold it
+    for name, module in modules.items():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(p, []).append(name)
+    for name in sorted(found):
+        if len(owners[linears[name].weight]) > 1:
+            raise ValueError(f"layer {name} is not adapted: {owners[linears[name].weight]} share its weight")
+        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            raise ValueError(f"layer {name} is not adapted: nn.MultiheadAttention reads its weight, never calls it")
+    return {name: linear for name, linear in linears.items() if name in found}
+
+
+def replace(model, name, module):
+    """Put `module` where the dotted `name` points to."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+# -------------------------------------------------------------------------- the demo
+
+
+def main():
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 32))
+
+    def loss_fn(model, batch):
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    model, task = build(), build()
+    # 256 examples of 8 tokens. As activations do, they have a few strong directions and a long weak tail.
+    x = torch.randn(256, 8, 96) * torch.logspace(0.5, -2.5, 96) @ torch.linalg.qr(torch.randn(96, 96)).Q
+    task[0].weight.data *= 1.5  # the task amplifies what the first layer does already
+    y = task(x).detach()
+    batches = [(x[i : i + 1], y[i : i + 1]) for i in range(32)]
+    plans = {}
+    for init in ("random", "wc"):
+        plans[init] = calibrate(model, ["0", "2"], batches, loss_fn, rank=4, alpha=4.0, init=init)
+    print("                                     J(A) / its upper bound, W0 for the ideal update")
+    print("layer  importance  rank  scaling     A of W0 C    A at random")
+    for (name, given), X in zip(plans["wc"].items(), (x, model[:2](x))):
+        W, C = model.get_submodule(name).weight.detach().double(), covariance(X.detach()).double()
+        bound = upper_bound(target_matrix(W, C), given.rank)
+        J = [objective(A.double(), C, W) / bound for A in (given.A, torch.randn(given.A.shape))]
+        print(f"{name:5s} {given.share:11.3f} {given.rank:5d} {given.scaling:8.3f} {J[0]:13.3f} {J[1]:14.3f}")
+    for init, plan in plans.items():
+        student = build()
+        inject(student, ["0", "2"], plan=plan)
+        print(f"{init}: output unchanged at the start:", torch.equal(student(x), model(x)))
+        optimizer = torch.optim.AdamW(param_groups(student, lr=1e-2, weight_decay=0.0))
+        for step in range(101):
+            loss = loss_fn(student, (x, y))
+            if step % 50 == 0:
+                print(f"  step {step:3d}  loss {loss.item():.6f}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    adapted = student(x)
+    merge(student)
+    print(f"merged into {student[0]}: largest difference {(student(x) - adapted).abs().max().item():.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The behaviour that every low-rank method must have, on our encoder, our decoder and a plain nn.Sequential."""
+
+import ast
+import copy
+import importlib
+import inspect
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from model import Config, Transformer
+
+# method: the parameters each of its layers trains
+METHODS = {
+    "baselines.lora": {"A", "B"},
+    "triadapt": {"A", "B", "L", "U"},
+    "tlora": {"B", "alpha"},
+    "tlora_plus": {"A", "B", "C"},
+    "task_tlora": {"B"},
+}
+MODELS = ["encoder", "decoder", "sequential"]
+SIX = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+methods = pytest.mark.parametrize("method", METHODS)
+models = pytest.mark.parametrize("kind", MODELS)
+
+
+class Case:
+    """A model, what to adapt in it, its head, and a way to run it; the same seed gives the same weights."""
+
+    def __init__(self, kind, dtype=torch.float32, seed=0):
+        torch.manual_seed(seed)
+        if kind == "sequential":  # no bias in the first, m != n in all
+            self.model = nn.Sequential(
+                nn.Linear(12, 20, bias=False), nn.Tanh(), nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 3)
+            )
+            self.targets, self.head = ["0", "2"], "4"
+            self.inputs = torch.randn(6, 12, dtype=dtype)
+        else:
+            config = Config(vocab_size=40, width=16, depth=2, heads=2, hidden=24, causal=kind == "decoder")
+            self.model = Transformer(config, "classification", 3)
+            self.targets, self.head = SIX, "head"
+            self.inputs = torch.randint(40, (6, 7))
+            with torch.no_grad():  # initial values of deviation 0.02 hardly show an update
+                for p in self.model.parameters():
+                    p.mul_(5)
+        self.model.to(dtype)
+        self.labels = torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def loss(self, model, rows=None):
+        rows = slice(None) if rows is None else rows
+        return F.cross_entropy(model(self.inputs[rows]).float(), self.labels[rows])
+
+    def adapt(self, method, targets=None, **options):
+        """calibrate where the method has it, then inject; the head is trained too."""
+        module = importlib.import_module(method)
+        targets = targets or self.targets
+        if hasattr(module, "calibrate"):
+            plan = module.calibrate(self.model, targets, [[i] for i in range(6)], self.loss, rank=2, samples=4)
+            options["plan"] = plan
+        self.names = module.inject(self.model, targets, rank=2, **options)
+        self.model.get_submodule(self.head).requires_grad_(True)
+        return module
+
+    def train(self, module, steps, optimizer=torch.optim.SGD, lr=0.5):
+        optimizer = optimizer([p for p in self.model.parameters() if p.requires_grad], lr=lr)
+        self.model.train()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            self.loss(self.model).backward()
+            optimizer.step()
+        self.model.eval()
+
+
+def trained_case(kind, method, dtype=torch.float32, steps=12, **options):
+    case = Case(kind, dtype)
+    module = case.adapt(method, **options)
+    case.train(module, steps, torch.optim.AdamW, 0.05)
+    return case, module
+
+
+@models
+@methods
+def test_output_is_untouched_at_the_start_and_changes_with_training(kind, method):
+    case = Case(kind)
+    case.model.eval()
+    before = case.model(case.inputs)
+    module = case.adapt(method)
+    for training in (False, True):
+        case.model.train(training)
+        assert torch.equal(case.model(case.inputs), before)
+    case.model.get_submodule(case.head).requires_grad_(False)  # what changes is the adapters' doing
+    case.train(module, 5, torch.optim.AdamW, 0.05)
+    change = (case.model(case.inputs) - before).abs().max().item()
+    print("change", change)
+    assert change > 1e-3
+
+
+@models
+@methods
+def test_exactly_the_declared_parameters_get_gradients_and_every_one_after_two_steps(kind, method):
+    case = Case(kind)
+    module = case.adapt(method)
+    declared = {f"{name}.{leaf}" for name in case.names for leaf in METHODS[method]}
+    declared |= {f"{case.head}.{leaf}" for leaf in ("weight", "bias")}
+    assert {name for name, p in case.model.named_parameters() if p.requires_grad} == declared
+    case.train(module, 2)
+    got = {name for name, p in case.model.named_parameters() if p.grad is not None}
+    assert got == declared
+    assert all(p.grad.abs().max() > 0 for p in case.model.parameters() if p.requires_grad)
+
+
+@models
+@methods
+def test_three_sgd_steps_change_all_trained_tensors_and_nothing_else(kind, method):
+    case = Case(kind)
+    module = case.adapt(method)
+    before = {name: t.clone() for name, t in case.model.state_dict().items()}
+    trained = {name for name, p in case.model.named_parameters() if p.requires_grad}
+    case.train(module, 3)
+    changed = {name for name, t in case.model.state_dict().items() if not torch.equal(t, before[name])}
+    assert trained and changed == trained
+
+
+@models
+@methods
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_merged_equals_unmerged_and_no_wrapper_is_left(kind, method, dtype, bound):
+    case, module = trained_case(kind, method, dtype)
+    base = Case(kind, dtype)
+    with torch.no_grad():
+        base.model.get_submodule(base.head).load_state_dict(case.model.get_submodule(case.head).state_dict())
+    adapted = case.model(case.inputs)
+    assert (adapted - base.model.eval()(base.inputs)).abs().max() > 1e-2, "the adapter changes the output"
+    assert module.merge(case.model) == case.names
+    error = (case.model(case.inputs) - adapted).abs().max().item()
+    print("merge error", error)
+    assert error < bound
+    assert not any(hasattr(m, "factors") for m in case.model.modules())
+    assert all(type(case.model.get_submodule(name)) is nn.Linear for name in case.names)
+    assert list(case.model.state_dict()) == list(base.model.state_dict())
+    with pytest.raises(ValueError, match="nothing to merge"):
+        module.merge(case.model)
+
+
+@methods
+def test_bf16_merges_in_float32_and_casts_once(method):
+    case, module = trained_case("sequential", method, torch.bfloat16)
+    expected = {}
+    for name in case.names:
+        wide = copy.deepcopy(case.model.get_submodule(name)).float()
+        P, Q = wide.factors()
+        expected[name] = (wide.base.weight + P @ Q).bfloat16()
+        assert not torch.equal(expected[name], case.model.get_submodule(name).base.weight)
+    module.merge(case.model)
+    for name, weight in expected.items():
+        assert case.model.get_submodule(name).weight.dtype == torch.bfloat16
+        assert torch.equal(case.model.get_submodule(name).weight, weight)
+
+
+@methods
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_adapters_have_the_layers_dtype_and_train(method, dtype):
+    case, module = trained_case("encoder", method, dtype)
+    # TLoRA's scale stays float32: next to 1, bfloat16 has steps of 0.004, larger than a learning rate
+    assert all(p.dtype == dtype or p.ndim == 0 for p in case.model.parameters() if p.requires_grad)
+    logits = case.model(case.inputs)
+    assert logits.dtype == dtype and logits.isfinite().all()
+    first = Case("encoder", dtype)
+    assert case.loss(case.model).item() < 0.8 * first.loss(first.model).item()
+
+
+@models
+@methods
+def test_saved_and_loaded_under_another_seed_gives_the_same_output_to_the_bit(kind, method, tmp_path):
+    case, module = trained_case(kind, method)
+    state = checkpoint.adapter_state(case.model)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "adapter.safetensors")
+    expected = case.model(case.inputs)
+
+    fresh = Case(kind)  # the same base, but whatever the method draws comes from another seed
+    torch.manual_seed(12345)
+    module.inject(fresh.model, case.names, rank=2)
+    fresh.model.get_submodule(fresh.head).requires_grad_(True)
+    fresh.model.eval()
+    assert not torch.equal(fresh.model(fresh.inputs), expected)
+    checkpoint.load_adapter_state(fresh.model, load_file(tmp_path / "adapter.safetensors"))
+    assert torch.equal(fresh.model(fresh.inputs), expected)
+    base = {name for name in Case(kind).model.state_dict() if not name.startswith(case.head)}
+    assert not base & set(state), "the frozen base is not in the file"
+
+
+@methods
+def test_layer_restriction_is_honoured(method):
+    case = Case("encoder")
+    case.adapt(method, ["blocks.1.q_proj", "v_proj"])
+    # Task-aware TLoRA may give a layer rank 0 and leave it plain
+    expected = ["blocks.0.v_proj", "blocks.1.q_proj", "blocks.1.v_proj"]
+    assert set(case.names) <= set(expected) and (method == "task_tlora" or case.names == expected)
+    wrapped = [name for name, m in case.model.named_modules() if hasattr(m, "factors")]
+    assert wrapped == case.names and wrapped
+
+
+@methods
+def test_a_full_name_means_that_layer_alone(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+    module = importlib.import_module(method)
+    assert module.inject(model, ["0"], rank=2) == ["0"]  # not 1.0
+    module.merge(model)
+    assert module.inject(model, ["1.0"], rank=2) == ["1.0"]
+
+
+@methods
+def test_wrong_use_is_refused_in_one_line_and_changes_nothing(method):
+    module = importlib.import_module(method)
+    case = Case("encoder")
+    before = case.model.state_dict()
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    tied = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9, bias=False))
+    tied[1].weight = tied[0].weight
+    for model, targets, options, words in [
+        (case.model, ["query"], {}, "target 'query' matches no nn.Linear; names end in: down_proj, head, k_proj, o_proj"),
+        (case.model, ["q_proj", "nope"], {}, "target 'nope' matches no"),
+        (case.model, [], {}, "no targets given"),
+        (attention, ["out_proj"], {}, "nn.MultiheadAttention reads its weight, never calls it"),
+        (tied, ["1"], {}, "share its weight"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            module.inject(model, targets, **options)
+        assert words in str(error.value) and "\n" not in str(error.value)
+        assert not any(hasattr(m, "factors") for m in model.modules())
+        assert all(p.requires_grad for p in model.parameters())
+    for rank in (0, 17):  # 16 is the smaller side
+        with pytest.raises(ValueError) as error:
+            module.inject(case.model, ["q_proj", "up_proj"], rank=rank)
+        assert f"rank {rank}" in str(error.value) and "blocks.0.q_proj" in str(error.value)
+    assert all(torch.equal(t, before[name]) for name, t in case.model.state_dict().items())
+    module.inject(case.model, ["q_proj"], rank=2)
+    with pytest.raises(ValueError, match="adapted already .blocks.0.q_proj.: merge it first"):
+        module.inject(case.model, ["v_proj"], rank=2)
+
+
+def test_the_walking_functions_are_the_same_in_every_file_and_no_file_needs_another():
+    """find_linears and replace are copied so that each file stands alone: copied means equal."""
+    sources = set()
+    for method in METHODS:
+        module = importlib.import_module(method)
+        sources.add(inspect.getsource(module.find_linears) + inspect.getsource(module.replace))
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+                assert all(n.split(".")[0] == "torch" or n in sys.stdlib_module_names for n in names), (method, names)
+    assert len(sources) == 1
