@@ -244,11 +244,11 @@ def generate(model, prompts, max_new, stop_id):
         texts = [torch.tensor(prompts[i] + new[i], device=device) for i in running]
         if not texts:
             break
-        ends = torch.tensor([len(text) for text in texts], device=device)[:, None]  # (B, 1)
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)  # (B, T), padded with 0 on the right
-        place = torch.arange(ids.shape[1], device=device)
-        batch = {"input_ids": ids, "attention_mask": (place < ends).long()}
-        best = logits(model, batch, positions=place == ends - 1).argmax(-1).tolist()  # B ids
+        ends = torch.tensor([[len(text) - 1] for text in texts], device=device)  # (B, 1)
+        # Padded on the right, where causality hides it: no mask.
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)  # (B, T)
+        positions = torch.arange(ids.shape[1], device=device) == ends  # (B, T), one True per row
+        best = logits(model, {"input_ids": ids}, positions).argmax(-1).tolist()  # B ids
         for i, token in zip(running, best):
             new[i].append(token)
         running = [i for i, token in zip(running, best) if token != stop_id]

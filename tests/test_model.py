@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import model as model_file
@@ -283,6 +284,8 @@ def test_language_model_shares_its_embedding():
     assert before[..., 7].abs().max() > 0.1
     torch.testing.assert_close(model(ids)[..., 7], 2 * before[..., 7])
     assert torch.equal(model(ids)[..., :7], before[..., :7])
+    model(ids)[..., 7].sum().backward()
+    assert (model.embed.weight.grad[:9].abs().amax(1) > 0).tolist() == [False, *[True] * 7, False]
 
 
 def test_positions_select_logits():
@@ -324,6 +327,20 @@ def test_dropout_acts_in_training_only_and_its_rate_may_be_set_later():
     model.config.dropout = 0.5
     assert not torch.equal(model(ids), still)
     assert torch.equal(model.eval()(ids), still)
+
+
+def test_dropout_falls_on_the_embedding_and_on_each_branch():
+    model = build("lm", width=96, dropout=0.25).train()
+    seen = []
+    for block in model.blocks:
+        for norm in (block.norm1, block.norm2):
+            norm.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    model.norm.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    model(torch.randint(50, (8, 20)))
+    branches = [seen[0]] + [after - before for before, after in zip(seen, seen[1:])]
+    assert len(branches) == 1 + 2 * 2
+    for x in branches:
+        assert (x == 0).double().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
 def test_bfloat16_autocast_stays_close():
@@ -417,6 +434,8 @@ def test_saved_base_comes_back_in_float16_precision_under_any_head(tmp_path):
 def test_head_is_not_saved_and_is_new_at_every_load(tmp_path):
     path = tmp_path / "base.safetensors"
     save_base(build("classification"), path)
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == set(Transformer(Config(50, 24, 2, 3, 40)).state_dict())
     one, two = load_base(path, "classification", 3), load_base(path, "classification", 3)
     assert not torch.equal(one.head.weight, two.head.weight)
     assert one.head.weight.abs().max() < 0.2  # drawn at 0.02; the saved model's is at 0.4

@@ -1,0 +1,148 @@
+"""What a run leaves behind, and the only place that writes it.
+
+A run folder holds
+
+    config.json            every setting, the layers adapted, versions, the command
+    metrics.jsonl          a line per evaluation
+    layers.jsonl           a line per evaluation: what the method's `watch` shows, layer by layer
+    adapter.safetensors    what was trained and what the method drew at random, task head included
+    state.pt               while training: all that --resume needs (tensors and numbers, loaded without pickle's code)
+
+Every file is written under a temporary name, flushed to disk, then renamed: a kill at any moment
+leaves the previous good file.
+"""
+
+import json
+import os
+import random
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def replace_file(path, write):
+    """Call write(temporary path), flush it to disk and rename it to `path`."""
+    temporary = f"{path}.tmp"
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_text(path, text):
+    """Write one text file as a whole."""
+
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8", newline="\n") as f:
+            f.write(text)
+
+    replace_file(path, write)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(path, rows):
+    """JSON lines. The file is small (a line per evaluation) and written as a whole each time."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_config(run):
+    """config.json of a run folder. ValueError in one line if that is no run folder."""
+    path = os.path.join(run, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise ValueError(f"{run} is not a run folder: it has no config.json") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} line {e.lineno}: not JSON ({e.msg})") from None
+
+
+def adapter_state(model, keep=()):
+    """{name: tensor}: every trained parameter, all that an adapted layer holds besides its base, and all of the
+    modules named in `keep` ("" is the whole model): a random head that stays frozen cannot be had again."""
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name in keep:
+        tensors = model.get_submodule(name).state_dict()
+        state.update({f"{name}.{k}".lstrip("."): v for k, v in tensors.items()})
+    for prefix, layer in model.named_modules():
+        if hasattr(layer, "factors"):
+            own = {k: v for k, v in layer.state_dict().items() if not k.startswith("base.")}
+            state.update({f"{prefix}.{k}": v for k, v in own.items()})
+    return state
+
+
+def load_adapter_state(model, state, keep=()):
+    """Put `adapter_state` back into a model with the same layers wrapped. ValueError if names differ."""
+    expected = set(adapter_state(model, keep))
+    if expected != set(state):
+        odd = sorted(expected ^ set(state))
+        raise ValueError(f"adapter and model do not fit: {len(odd)} names differ, such as {odd[0]}")
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as e:  # a shape: torch's message has one line for each
+        raise ValueError("adapter and model do not fit: " + str(e).splitlines()[-1].strip()) from None
+
+
+def save_adapter(model, path, metadata, keep=()):
+    """adapter.safetensors, with {key: JSON text} of `metadata` in its header."""
+    # a copy: tied parameters share memory, which safetensors refuses
+    state = {name: t.to("cpu", copy=True).contiguous() for name, t in adapter_state(model, keep).items()}
+    header = {key: json.dumps(value) for key, value in metadata.items()}
+    replace_file(path, lambda temporary: save_file(state, temporary, metadata=header))
+
+
+def read_adapter(path):
+    """(state, metadata) of an adapter file. ValueError in one line if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as f:
+            metadata = {key: json.loads(value) for key, value in (f.metadata() or {}).items()}
+            return {name: f.get_tensor(name) for name in f.keys()}, metadata
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the run has not finished") from None
+    except Exception as e:
+        raise ValueError(f"{path} cannot be read as safetensors: {e}".splitlines()[0]) from None
+
+
+def rng_state():
+    """The state of every random generator a run draws from."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state):
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def save_state(run, state):
+    """state.pt, for --resume."""
+    replace_file(os.path.join(run, "state.pt"), lambda temporary: torch.save(state, temporary))
+
+
+def load_state(run):
+    """The state of a run that did not finish. ValueError in one line if there is none."""
+    path = os.path.join(run, "state.pt")
+    if not os.path.exists(path):
+        raise ValueError(f"nothing to resume: {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{path} cannot be read: {type(e).__name__}") from None
