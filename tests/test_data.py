@@ -797,6 +797,7 @@ def test_truncation_is_longest_first_or_of_the_second_text(tokenizer):
 
 def test_tokenizer_training_is_deterministic_and_survives_its_file(tokenizer, tmp_path):
     again = data.train_tokenizer(iter(TEXTS * 3), 350)
+    tokenizer.encode([TEXTS[:1]], 8)  # the length asked for last is not saved
     tokenizer.save(tmp_path / "a.json")
     again.save(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
@@ -904,6 +905,11 @@ def test_batches_group_similar_lengths(tokenizer):
     assert padded[None] < 1.01 * real and padded[0] < 1.05 * real and plain > 1.4 * real
     lengths = [b["input_ids"].shape[1] for b in data.batches(rows, TASKS["cola"], 8, 0)]
     assert lengths == sorted(lengths)
+    lengths = [b["input_ids"].shape[1] for b in data.batches(rows, TASKS["cola"], 8, 0, 0)]
+    rises = sum(a < b for a, b in zip(lengths, lengths[1:]))
+    falls = sum(a > b for a, b in zip(lengths, lengths[1:]))
+    print("batches longer, shorter than the one before:", rises, falls)
+    assert min(rises, falls) > 40
 
 
 def test_batches_are_padded_tensors_of_the_right_kinds(tokenizer):
@@ -966,6 +972,7 @@ def test_masking_takes_15_percent_of_each_row_and_never_a_special_token(tokenize
         Example(str(i), ("the cat sees two big apples " * rng.randrange(1, 6),) * (1 + i % 2))
         for i in range(500)
     ]
+    examples += [Example("short", ("the",)), Example("empty", ("",))]
     rows = data.features(TASKS["mlm"], examples, tokenizer, 64)
     fates = Counter()
     for batch in data.batches(rows, TASKS["mlm"], 16, 0, 7):
@@ -974,14 +981,16 @@ def test_masking_takes_15_percent_of_each_row_and_never_a_special_token(tokenize
             new, labels = batch["input_ids"][b].tolist(), batch["labels"][b].tolist()
             chosen = [t for t, label in enumerate(labels) if label != -100]
             special = [t for t, token in enumerate(ids) if token < 4]
-            assert len(chosen) == max(1, round(0.15 * (n - len(special)))) and not set(chosen) & set(special)
+            words = n - len(special)
+            assert len(chosen) == (max(1, round(0.15 * words)) if words else 0)
+            assert not set(chosen) & set(special)
             assert [labels[t] for t in chosen] == [ids[t] for t in chosen]
             assert [x for t, x in enumerate(new[:n]) if t not in chosen] == [
                 x for t, x in enumerate(ids) if t not in chosen
             ]
             assert new[n:] == [0] * (len(new) - n)
             fates.update("mask" if new[t] == 3 else "same" if new[t] == ids[t] else "noise" for t in chosen)
-            assert min(new[t] for t in chosen) >= 3
+            assert min((new[t] for t in chosen), default=3) >= 3
     shares = {name: count / fates.total() for name, count in fates.items()}
     print(shares, fates.total())
     assert all(
@@ -1036,6 +1045,25 @@ def test_span_labels_point_at_the_answer_and_predictions_give_its_text_back(toke
     assert data.features(TASKS["squad"], [Example("0", ("who ?", "a b"), ())], tokenizer, 48)[0][
         "labels"
     ] == (0, 0)
+
+
+def test_an_answer_without_spaces_around_it_does_not_take_its_neighbours(tokenizer):
+    tight = Example("0", ("who ?", "a (x) b"), (("x", 3),))
+    row = data.features(TASKS["squad"], [tight], tokenizer, 48)[0]
+    assert [row["offsets"][t] for t in row["labels"]] == [(3, 4), (3, 4)]
+
+
+def test_a_predicted_span_has_at_most_max_answer_tokens(tokenizer):
+    example = Example("0", ("who sold ?", "x" * 60), ())
+    row = data.features(TASKS["squad"], [example], tokenizer, 128)[0]
+    first = next(t for t, place in enumerate(row["offsets"]) if place)
+    for length, allowed in [(data.MAX_ANSWER, True), (data.MAX_ANSWER + 1, False)]:
+        logits = torch.zeros(1, len(row["input_ids"]), 2)
+        logits[0, 0] = 0.6  # no answer: 1.2, below the full span's 2 and above any other's 1
+        logits[0, first, 0] = logits[0, first + length - 1, 1] = 1.0
+        (answer,) = data.predictions(TASKS["squad"], [row], [example], [0], logits)
+        start, end = row["offsets"][first][0], row["offsets"][first + length - 1][1]
+        assert answer == ("x" * (end - start) if allowed else "")
 
 
 def test_a_predicted_span_is_the_best_allowed_one(tokenizer):

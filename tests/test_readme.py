@@ -1,0 +1,52 @@
+"""What the README says is so: its code runs, its commands parse, its table is that of the runs kept."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "bench"))
+
+import table  # noqa: E402
+
+with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+    README = f.read()
+
+
+def test_the_ten_lines_to_copy_run(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    check = "\nassert type(model[0]) is torch.nn.Linear and loss.item() < 1.2\nprint('copied and run')"
+    result = subprocess.run(
+        [sys.executable, "-c", block + check], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True
+    )
+    assert result.stdout == "copied and run\n", result.stderr
+
+
+def test_every_train_command_has_flags_that_exist():
+    commands = re.findall(r"^python train\.py (.*?)(?:\s+#.*)?$", README, re.M)
+    assert len(commands) >= 6
+    for command in commands:
+        train.parse(shlex.split(command))
+
+
+def test_every_file_named_is_there():
+    names = set(re.findall(r"\b[\w/]+\.(?:py|md|png)\b", README)) - {"predict.py"}
+    assert len(names) > 12
+    for name in names | {"predict.py"}:
+        found = [os.path.join(ROOT, folder, name) for folder in ("", "bench", "docs")]
+        assert any(map(os.path.exists, found)), name
+
+
+def test_the_table_is_made_from_kept_runs_and_none_is_older_than_what_it_describes():
+    with open(table.ROWS) as f:
+        kept = f.read().count("\n")
+    rows = table.read_rows()
+    assert len(rows) == kept, "bench/table.py runs anew what has changed since"
+    assert {(r["method"], r["task"], r["seed"]) for r in rows} == {
+        (m, t, s) for m in train.METHODS for t in table.TASKS for s in (0, 1, 2)
+    }
+    assert README.split(table.MARKS[0])[1].split(table.MARKS[1])[0].strip() == table.table(rows, [0, 1, 2])
