@@ -114,7 +114,8 @@ def read_adapter(path):
 
 def rng_state():
     """The state of every random generator a run draws from."""
-    state = {"torch": torch.get_rng_state()}
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -122,6 +123,9 @@ def rng_state():
 
 def set_rng_state(state):
     torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
 

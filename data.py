@@ -770,22 +770,23 @@ def predictions(task, features, examples, index, logits):
         return logits.tolist()
     if task.kind == "span":
         rows = zip(index, logits)
-        return [best_span(features[i]["offsets"], examples[i].text[1], scores) for i, scores in rows]
+        return [best_span(features[i]["offsets"], examples[i].text[1], scores)[0] for i, scores in rows]
     raise ValueError(f"task {task.name} generates text; there is no prediction in one batch of logits")
 
 
 def best_span(offsets, context, scores):
-    """The text of the best span of context tokens; scores (T, 2) for first and last token."""
+    """(text, first token, last token) of the best span of the context, ("", 0, 0) for no answer; scores (T, 2)."""
     tokens = [t for t, place in enumerate(offsets) if place]
     if not tokens:
-        return ""
+        return "", 0, 0
     total = scores[tokens, 0][:, None] + scores[tokens, 1][None, :]  # (first, last)
     length = np.arange(len(tokens))[None, :] - np.arange(len(tokens))[:, None]
     total[(length < 0) | (length >= MAX_ANSWER)] = -np.inf
     first, last = divmod(int(total.argmax()), len(tokens))
     if scores[0].sum() >= total[first, last]:
-        return ""
-    return context[offsets[tokens[first]][0] : offsets[tokens[last]][1]].strip()
+        return "", 0, 0
+    first, last = tokens[first], tokens[last]
+    return context[offsets[first][0] : offsets[last][1]].strip(), first, last
 
 
 def score(task, examples, predictions):

@@ -32,7 +32,7 @@ def export_peft(model, config, path):
     layers = [model.get_submodule(name) for name in names]
     if not names:
         raise ValueError(f"method {settings['method']} has no low-rank update: only --export-merged takes it")
-    heads = [] if settings["freeze_head"] else head_modules(model)
+    heads = head_modules(model)  # a frozen one too: it was drawn at random
     ranks, state = {}, {}
     for name, layer in zip(names, layers):
         P, Q = layer.factors()

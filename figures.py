@@ -5,6 +5,7 @@ PNGs into the run folder and returns their file names.
 """
 
 import json
+import math
 import os
 import re
 
@@ -119,14 +120,14 @@ def draw_updates(out, model, names, compared=None):
     (words, {layer: dW}) of another run, drawn along.
     """
     layers = [model.get_submodule(name) for name in names]
-    pools = {"W0": [layer.base.weight for layer in layers], "dW": []}
+    pools = {}
     for layer in layers:
-        P, Q = layer.factors()
-        pools["dW"].append(P.float() @ Q.float())
-        for key, value in layer.state_dict().items():
-            if not key.startswith("base.") and value.numel() > 1:
-                pools.setdefault(key, []).append(value)
-    pools = {key: torch.cat([v.float().flatten().cpu() for v in values]) for key, values in pools.items()}
+        P, Q = (f.float().cpu() for f in layer.factors())
+        own = {k: v for k, v in layer.state_dict().items() if not k.startswith("base.") and v.numel() > 1}
+        for key, value in {"W0": layer.base.weight, "dW": P @ Q, **own}.items():
+            values = value.float().cpu().flatten()
+            pools.setdefault(key, []).append(values[:: max(1, len(values) // 200_000)])  # enough for a histogram
+    pools = {key: torch.cat(values) for key, values in pools.items()}
     plt = pyplot()
     fig, axes = plt.subplots(1, len(pools), figsize=(2.6 * len(pools), 2.6), squeeze=False)
     for ax, (key, values) in zip(axes[0], pools.items()):
@@ -140,7 +141,9 @@ def draw_updates(out, model, names, compared=None):
     made = [save(fig, out, "histograms.png")]
 
     square = [name for name in names if len(set(model.get_submodule(name).base.weight.shape)) == 1]
-    if square and all(model.get_submodule(name).base.weight.shape[0] <= 1024 for name in square):
+    if sum(model.get_submodule(name).in_features for name in square) > 4096:  # eigenvalues cost n^3: six layers do
+        square = square[:: math.ceil(len(square) / 6)]
+    if square and all(model.get_submodule(name).in_features <= 1024 for name in square):
         series = {"W0": {}, "W0 + dW": {}}
         for name in square:
             layer = model.get_submodule(name)
@@ -152,7 +155,7 @@ def draw_updates(out, model, names, compared=None):
         for words, weights in series.items():
             sizes = torch.cat([torch.linalg.eigvals(W).abs() for W in weights.values()])
             ax.hist(sizes.numpy(), bins=100, histtype="step", density=True, label=words)
-        ax.set(xlabel="|eigenvalue|", ylabel="density", title=f"eigenvalues of the {len(square)} square layers")
+        ax.set(xlabel="|eigenvalue|", ylabel="density", title=f"eigenvalues of {len(square)} square layers")
         ax.legend(frameon=False)
         made.append(save(fig, out, "eigenvalues.png"))
     return made

@@ -19,7 +19,7 @@ import data
 import train
 
 
-def read(task, settings, source):
+def read(task, source):
     """Examples of `source`, labels where it has them."""
     if source != "-":
         return data.load(task, source, "test")
@@ -54,7 +54,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         model, tokenizer, task, settings = train.restore(args.run)
-        examples = read(task, settings, args.file)
+        if settings["threads"]:
+            train.torch.set_num_threads(settings["threads"])
+        if args.submission and not task.header:
+            raise ValueError(f"GLUE takes no submission for task {task.name}")
+        examples = read(task, args.file)
         device, _ = train.choose_device(args.device)
         autocast = train.autocast_of(settings, device)
         features = data.features(task, examples, tokenizer, settings["max_length"])

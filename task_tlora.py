@@ -18,7 +18,7 @@ r_i m trained numbers per layer. This file needs torch alone; copy it and call
 
 The authors' code (github.com/Rambo-Yi/TLora) differs from their paper: it centres each sample
 (`center=True`), its scripts calibrate on 256 samples, the largest layer gets what rounding loses, the
-scale is max(alpha, round(L alpha p_i)) / r, never below LoRA's, and A is not frozen (`train_a=True`).
+scale is max(alpha, round(L alpha p_i)) / r_init, never below LoRA's, and A is not frozen (`train_a=True`).
 
 `python task_tlora.py` shows it on two layers.
 """
@@ -421,7 +421,7 @@ def inject(
 
 
 def param_groups(model, lr, weight_decay):
-    """Groups for torch.optim.AdamW: whatever is trainable (B, the task head), one rate, one decay."""
+    """Groups for torch.optim.AdamW: whatever is trainable (B, A with train_a, the task head), one rate, one decay."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
 
@@ -484,15 +484,16 @@ def find_linears(model, targets):
         found.update(hits)
     if not found:
         raise ValueError("no targets given")
-    owners = {}  # parameter -> the modules that hold it
-    for name, module in modules.items():
+    owners = {}  # parameter -> the modules that hold it, a module with two names twice
+    for name, module in model.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
             owners.setdefault(p, []).append(name)
     for name in sorted(found):
         if len(owners[linears[name].weight]) > 1:
             raise ValueError(f"layer {name} is not adapted: {owners[linears[name].weight]} share its weight")
-        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-            raise ValueError(f"layer {name} is not adapted: nn.MultiheadAttention reads its weight, never calls it")
+        parent = type(modules[name.rpartition(".")[0]])
+        if issubclass(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            raise ValueError(f"layer {name} is not adapted: nn.{parent.__name__} reads its weight, not calling it")
     return {name: linear for name, linear in linears.items() if name in found}
 
 

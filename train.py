@@ -12,6 +12,7 @@ the keyword arguments of its inject and calibrate, with their defaults and their
 """
 
 import argparse
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -20,6 +21,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 import typing
@@ -55,9 +57,9 @@ METHODS = {
 # Method options whose natural default is a setting of the run.
 FROM_RUN = {"t0": lambda settings: settings["warmup_steps"]}
 
-MAX_NEW = 96  # tokens of a generated answer
+MAX_NEW = 96  # tokens of a generated answer, at least
 
-# Measured when a run ends, so they are the only numbers that differ between two runs of one command.
+# The only numbers that differ between two runs of one command.
 TIMES = ("seconds", "tokens_per_s")
 
 
@@ -108,13 +110,14 @@ def build_parser():
     """Flags of the run in groups, then the methods' own; every default has its reason beside it."""
     p = Parser(
         prog="train.py",
+        usage="python train.py [--method METHOD] [--task TASK] [flags]",
         description=__doc__.split("\n\n")[0],
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110),
         allow_abbrev=False,
-        epilog="methods: " + "; ".join(f"{name} = {METHODS[name][1]}" for name in METHODS),
     )
     g = p.add_argument_group("what to run")
-    g.add_argument("--method", choices=METHODS, default="triadapt", help="default triadapt; all are named below")
+    g.add_argument("--method", choices=METHODS, default="triadapt", metavar="METHOD",
+                   help="; ".join(f"{name} = {METHODS[name][1]}" for name in METHODS) + " (default triadapt)")
     g.add_argument("--task", choices=data.TASKS, metavar="TASK",
                    help=f"{', '.join(data.TASKS)} (default cola); without --data: {', '.join(data.GENERATED)}")
     g.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
@@ -126,7 +129,7 @@ def build_parser():
     g.add_argument("--data", help="a folder in the task's official layout, or your own CSV, TSV or JSONL file")
     g.add_argument("--text", nargs="+", metavar="COLUMN", help="your own file: its one or two columns of text")
     g.add_argument("--label", metavar="COLUMN", help="your own file: its column of labels")
-    g.add_argument("--dev", metavar="FILE", help="your own development file (default: every tenth row of --data)")
+    g.add_argument("--dev", metavar="FILE", help="your own development file (default: a random tenth of --data)")
     # GLUE sentences are short; Table V of TriAdaptLoRA has 64 to 512.
     g.add_argument("--max-length", type=count, default=128, help="tokens, longer texts are cut (default 128)")
     g.add_argument("--rows", type=count, help="use the first ROWS training rows only")
@@ -246,6 +249,11 @@ def parse(argv):
         parser.error("--backbone is a model of its own: leave --base and --scratch out")
     if (settings["export_peft"] or settings["export_merged"]) and not settings["backbone"]:
         parser.error("--export-peft and --export-merged need --backbone: the tiny base is no Hugging Face model")
+    if settings["save_base"] and settings["backbone"]:
+        parser.error("--save-base is for our own transformer: a backbone goes out with --export-merged")
+    for flag in ("base", "backbone", "data", "dev"):  # so that the run folder can be used from anywhere
+        if settings[flag] and os.path.exists(settings[flag]):
+            settings[flag] = os.path.abspath(settings[flag])
     for flag, top in (("warmup", 1), ("betas", 1)):
         values = settings[flag] if isinstance(settings[flag], list) else [settings[flag]]
         if max(values) >= top:
@@ -278,9 +286,12 @@ def load_task(settings):
     """(task, training examples, development examples)."""
     if settings["text"]:
         task, rows = data.load_custom(settings["data"], settings["text"], settings["label"])
-        if settings["dev"] is None:
-            return task, [row for i, row in enumerate(rows) if i % 10], rows[::10]
-        return task, rows, data.load(task, settings["dev"], "dev")
+        if settings["dev"] is None:  # a tenth at random, the same for every seed of the run
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+            dev = set(order[: max(1, len(rows) // 10)])
+            train = [r for i, r in enumerate(rows) if i not in dev]
+            return task, train[: settings["rows"]], [rows[i] for i in sorted(dev)]
+        return task, rows[: settings["rows"]], data.load(task, settings["dev"], "dev")
     task = data.TASKS[settings["task"]]
     train, dev = (data.load(task, settings["data"], split) for split in ("train", "dev"))
     return task, train[: settings["rows"]], dev
@@ -290,6 +301,10 @@ def build_model(settings, task):
     """(model, tokenizer, words about it) as the settings ask; new weights are drawn from torch's generator."""
     if settings["backbone"]:
         model, tokenizer = backbones.load(settings["backbone"], task.kind, task.labels)
+        places = getattr(model.config, "max_position_embeddings", None) or math.inf
+        places -= 2 * ("roberta" in model.config.model_type)  # which counts positions from 2
+        if settings["max_length"] > places:
+            raise ValueError(f"--max-length {settings['max_length']} is more than the backbone's {places} positions")
         return model, data.Tokenizer(tokenizer), settings["backbone"]
     tokenizer = data.Tokenizer(os.path.join(ASSETS, "tokenizer.json"))
     kind = "lm" if task.kind == "mlm" else task.kind
@@ -298,19 +313,27 @@ def build_model(settings, task):
         sizes = {key: settings[key] for key in ("width", "depth", "heads", "hidden")}
         config = modelling.Config(vocab_size=tokenizer.vocab_size, causal=causal, **sizes)
         return modelling.Transformer(config, kind, len(task.labels)), tokenizer, "random weights"
-    path = settings["base"] or os.path.join(ASSETS, "decoder.safetensors" if causal else "encoder.safetensors")
+    path = settings["base"] or os.path.join(ASSETS, "encoder.safetensors")
     model = modelling.load_base(path, kind, len(task.labels))
     if model.config.causal < causal:
-        raise ValueError(f"{path} is an encoder: task {task.name} needs a decoder")
+        raise ValueError(f"{path} is an encoder, task {task.name} needs a decoder: --backbone, --base or --scratch")
     return model, tokenizer, os.path.relpath(path)
 
 
-def train_head(model):
-    """Turn gradients on for the task head; returns the names of its modules."""
+def train_head(model, freeze):
+    """Turn gradients of the task head on, or off; returns the names of the modules that are trained."""
     heads = modelling.head_modules(model)
     for name in heads:
-        model.get_submodule(name).requires_grad_(True)
-    return heads
+        model.get_submodule(name).requires_grad_(not freeze)
+    return [] if freeze else heads
+
+
+def base_digest(settings):
+    """sha256 of our own base's file, None for random weights and backbones: a run belongs to its base."""
+    if settings["scratch"] or settings["backbone"]:
+        return None
+    with open(settings["base"] or os.path.join(ASSETS, "encoder.safetensors"), "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
 
 
 def loss_of(logits, labels, kind):
@@ -365,9 +388,11 @@ def predict(model, task, features, examples, tokenizer, settings, device, autoca
     was_training = model.training
     model.eval()
     generates = task.kind == "lm" and "prompt" in features[0]
+    max_new = max(MAX_NEW, settings["max_length"] // 2)  # as long as an answer may be in training
     answers, probabilities = [None] * len(features), [None] * len(features)
     loss, labelled = 0.0, 0
-    batches = list(data.batches(features, task, 8 * settings["batch_size"], tokenizer.pad_id))
+    size = settings["batch_size"] * (1 if task.kind == "lm" else 8)  # logits over a vocabulary are large
+    batches = list(data.batches(features, task, size, tokenizer.pad_id))
     for batch in tqdm(batches, desc="evaluating", leave=False, disable=None):
         rows = batch.pop("index").tolist()
         batch = to_device(batch, device)
@@ -377,7 +402,7 @@ def predict(model, task, features, examples, tokenizer, settings, device, autoca
                 loss, labelled = loss + n * forward(model, batch, task.kind).item(), labelled + n
             if generates:
                 prompts = [features[i]["input_ids"][: features[i]["prompt"]] for i in rows]
-                found = [tokenizer.decode(ids) for ids in modelling.generate(model, prompts, MAX_NEW, tokenizer.sep_id)]
+                found = [tokenizer.decode(ids) for ids in modelling.generate(model, prompts, max_new, tokenizer.sep_id)]
             elif task.kind in ("lm", "mlm"):
                 continue
             else:
@@ -388,6 +413,11 @@ def predict(model, task, features, examples, tokenizer, settings, device, autoca
         if task.kind == "classification":
             for i, p in zip(rows, logits.softmax(-1).tolist()):
                 probabilities[i] = p
+        elif task.kind == "span":
+            p = logits.softmax(1)  # (B, T, 2), over the tokens
+            for i, row, p in zip(rows, logits, p):
+                _, first, last = data.best_span(features[i]["offsets"], examples[i].text[1], row.cpu().numpy())
+                probabilities[i] = (p[first, 0] * p[last, 1]).item()
     model.train(was_training)
     return {"answers": answers, "probabilities": probabilities, "loss": loss / labelled if labelled else None}
 
@@ -404,7 +434,9 @@ def restore(run):
     config = checkpoint.read_config(run)
     settings = config["settings"]
     task = data.Task(**tupled(config["task"]))
-    model, tokenizer, _ = build_model(settings, task)
+    model, tokenizer, words = build_model(settings, task)
+    if config["base_sha256"] != base_digest(settings):
+        raise ValueError(f"{run} was trained on another base than what {words} is now")
     wrap(model, config)
     state, _ = checkpoint.read_adapter(os.path.join(run, "adapter.safetensors"))
     checkpoint.load_adapter_state(model, state, config["keep"])
@@ -425,7 +457,7 @@ def wrap(model, config):
     if hasattr(method, "calibrate"):
         options["rank"] = 1  # the real ones differ by layer and come with the weights
     method.inject(model, config["layers"], **options)
-    return [] if config["settings"]["freeze_head"] else train_head(model)
+    return train_head(model, config["settings"]["freeze_head"])
 
 
 def accepted(function, options):
@@ -439,6 +471,11 @@ def accepted(function, options):
 def run(settings, options, given, command):
     """Train as asked and leave the run folder; returns the last evaluation."""
     started = time.perf_counter()
+    if settings["compare"]:
+        checkpoint.read_config(settings["compare"])  # now, not after the training
+    for path in (settings["save_base"], settings["export_peft"], settings["export_merged"]):
+        if path:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     device, reason = choose_device(settings["device"])
@@ -463,7 +500,10 @@ def run(settings, options, given, command):
     print(f"task    {task.name} from {settings['data'] or 'the generated world'}: {len(train):,} training rows, "
           f"{len(dev):,} for development, {task.kind}" + (f" ({', '.join(task.labels)})" if task.labels else ""))
 
-    config = {"settings": settings, "options": options, "task": vars(task), "command": command, "versions": versions()}
+    config = {"settings": settings, "options": options, "task": vars(task), "base_sha256": base_digest(settings)}
+    config |= {"command": command, "versions": versions()}
+    if settings["text"] and not settings["dev"]:
+        config["held_out"] = [example.id for example in dev]
     config["keep"] = [""] if settings["scratch"] else modelling.head_modules(model)  # random, so saved in any case
     out, state, extra = settings["out"], look_into_folder(settings, config), {}
     if state is None:
@@ -471,7 +511,9 @@ def run(settings, options, given, command):
         if hasattr(method, "calibrate"):
             extra["plan"] = calibrate(method, model, targets, train_features, task, tokenizer, settings, options, device)
         config["layers"] = method.inject(model, targets, **extra, **accepted(method.inject, options))
-        heads = [] if settings["freeze_head"] else train_head(model)
+        heads = train_head(model, settings["freeze_head"])
+        if not config["layers"] and (settings["compare"] or settings["export_peft"]):
+            raise ValueError(f"method {settings['method']} has no low-rank update for --compare or --export-peft")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"nothing to train: method {settings['method']} with --freeze-head")
     else:
@@ -504,6 +546,7 @@ def run(settings, options, given, command):
     if state is None:
         open_folder(out, config, method, extra.get("plan"))
     compiled = compile_model(model) if settings["compile"] else model
+    stopped = f"stopped; {out} keeps the last evaluated state"
     tokens, clock = 0, time.perf_counter()
     for epoch in range(step // per_epoch, math.ceil(total / per_epoch)):
         first, last = step - epoch * per_epoch, min(per_epoch, total - epoch * per_epoch)  # first > 0 when resumed
@@ -524,11 +567,13 @@ def run(settings, options, given, command):
                 loss += part.item()
                 tokens += int(batch["attention_mask"].sum())
             if not math.isfinite(loss):
-                raise FloatingPointError(f"loss {loss} at step {step + 1}: stopped; {out} keeps the last evaluated state")
-            if hasattr(method, "penalty"):
-                method.penalty(model).backward()
-            if settings["clip"]:
-                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings["clip"])
+                raise FloatingPointError(f"loss {loss} at step {step + 1}: {stopped}")
+            if hasattr(method, "penalty") and (extra_loss := method.penalty(model)).requires_grad:
+                extra_loss.backward()
+            params = [p for g in optimizer.param_groups for p in g["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(params, settings["clip"] or math.inf)
+            if not norm.isfinite():
+                raise FloatingPointError(f"gradient of norm {norm} at step {step + 1}: {stopped}")
             optimizer.step()
             step += 1
             curve.append(loss)
@@ -538,21 +583,24 @@ def run(settings, options, given, command):
                 if event:
                     layers.append({"step": step, "event": event})
             if step % every == 0 or step == total:
+                speed = round(tokens / (time.perf_counter() - clock))
                 values = evaluate(model, task, dev_features, dev, tokenizer, settings, device, autocast)
+                if not math.isfinite(values["dev_loss"]):
+                    raise FloatingPointError(f"development loss {values['dev_loss']} after step {step}: {stopped}")
                 row = {"step": step, "epoch": step / per_epoch, "train_loss": sum(curve) / len(curve), **values}
                 row["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 watched = watch(method, model)
                 layers.append({"step": step, **watched})
                 if "ranks" in watched:
                     row["rank_total"] = sum(watched["ranks"].values())
-                row["tokens_per_s"] = round(tokens / (time.perf_counter() - clock))
+                row["tokens_per_s"] = speed
                 row["seconds"] = round(time.perf_counter() - started, 2)
                 history.append(row)
                 tqdm.write(line(row), file=sys.stdout)
                 curve, tokens, clock = [], 0, time.perf_counter()
                 save(model, config, out, history, layers, optimizer, step)
-    os.remove(os.path.join(out, "state.pt"))
     finish(model, method, tokenizer, task, settings, config, history, layers, started)
+    os.remove(os.path.join(out, "state.pt"))  # last: what fails until here can be resumed
     return history[-1]
 
 
@@ -575,7 +623,10 @@ def look_into_folder(settings, config):
         raise ValueError(f"{out} holds a run that was stopped: --resume goes on, --overwrite starts anew")
     else:
         before, state = checkpoint.read_config(out), None
-    differ = differences({**before["settings"], **before["options"]}, {**settings, **config["options"]})
+    differ = differences(
+        {**before["settings"], **before["options"], "base": before["base_sha256"]},
+        {**settings, **config["options"], "base": config["base_sha256"]},
+    )
     if differ:
         way = "give the flags it was started with" if settings["resume"] else "--overwrite replaces it, --out goes elsewhere"
         raise ValueError(f"{out} holds another run ({differ}): {way}")
@@ -585,8 +636,8 @@ def look_into_folder(settings, config):
 def open_folder(out, config, method, plan):
     """Make the run folder; what an earlier run left there is out of date from here on."""
     os.makedirs(out, exist_ok=True)
-    for name in ("state.pt", "metrics.jsonl", "layers.jsonl", "adapter.safetensors", "plan.json"):
-        if os.path.exists(os.path.join(out, name)):
+    for name in os.listdir(out):
+        if name.endswith((".png", ".jsonl", ".safetensors", ".json", "state.pt")):
             os.remove(os.path.join(out, name))
     checkpoint.write_json(os.path.join(out, "config.json"), config)
     if plan is not None:
@@ -678,6 +729,8 @@ def finish(model, method, tokenizer, task, settings, config, history, layers, st
         if os.path.exists(os.path.join(out, "plan.json")):
             made += figures.draw_plan(out)
     if settings["save_base"]:
+        if config["layers"]:
+            method.merge(model)
         modelling.save_base(model, settings["save_base"])
         print(f"base written to {settings['save_base']}")
     if settings["export_peft"]:
@@ -718,7 +771,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     settings, options, given = parse(argv)
     try:
-        run(settings, options, given, "python train.py " + " ".join(argv))
+        run(settings, options, given, "python train.py " + shlex.join(argv))
     except (ValueError, OSError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         return 2
@@ -726,7 +779,9 @@ def main(argv=None):
         print(f"train.py: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"train.py: stopped; the same command with --resume goes on from {settings['out']}", file=sys.stderr)
+        saved = os.path.exists(os.path.join(settings["out"], "state.pt"))
+        what = f"the same command with --resume goes on from {settings['out']}" if saved else "nothing was saved yet"
+        print(f"train.py: stopped; {what}", file=sys.stderr)
         return 130
     return 0
 

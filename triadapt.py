@@ -101,7 +101,8 @@ class TriAdaptLinear(nn.Module):
         """||L + U||_F over r, sqrt(r) or 1 (Table III): the quantity whose change is Eq. 11."""
         divisor = {"r": self.rank, "sqrt": math.sqrt(self.rank), "none": 1.0}[self.growth["normalise"]]
         # With preserve=True grown matrices carry a larger D for the same dW: take that out again.
-        return (self.D.double().norm() / self.rescale.double() / divisor).item()
+        # float32, as `reference` is kept: what has not changed scores exactly zero, and ties are ties.
+        return (self.D.float().norm() / self.rescale / divisor).item()
 
     @torch.no_grad()
     def grow(self, added):
@@ -131,11 +132,14 @@ class TriAdaptLinear(nn.Module):
         return changes
 
     def _load_from_state_dict(self, state, prefix, *args):
-        """A saved layer may have grown: take its shapes before its values."""
-        for name in ("A", "B", "L", "U"):
-            stored = state.get(prefix + name)
-            if stored is not None and stored.shape != getattr(self, name).shape:
-                setattr(self, name, nn.Parameter(stored.new_empty(stored.shape).to(getattr(self, name))))
+        """A saved layer may have grown: take its rank first. (Build the optimizer after loading, then.)"""
+        rank = len(state.get(prefix + "A", self.A))
+        if rank != self.rank:
+            m, n = self.base.weight.shape
+            triangle = (rank * (rank + 1) // 2,)
+            for name, shape in {"A": (rank, n), "B": (m, rank), "L": triangle, "U": triangle}.items():
+                old = getattr(self, name)
+                setattr(self, name, nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
         super()._load_from_state_dict(state, prefix, *args)
 
 
@@ -163,7 +167,7 @@ def budget_left(rank_ref, ranks):
     return rank_ref * len(ranks) - sum(ranks)
 
 
-def matrices_to_grow(budget, t, t0, total, mode, fixed_k=1):
+def matrices_to_grow(budget, t, t0, total, mode, fixed_k=None):
     """k, how many matrices the threshold asks for at step t, at least 1 (Eqs. 13, 14).
 
     linear: ceil(R a), nonlinear: ceil(e^(a ln R)) = ceil(R^a), with a = (t - t0) / (total - t0).
@@ -317,14 +321,14 @@ def after_step(model, optimizer, step, total):
     if step <= growth["t0"] or (step - growth["t0"]) % growth["interval"]:
         return None
     names, ranks = list(layers), [layer.rank for layer in layers.values()]
+    limits = [min(layer.base.weight.shape) for layer in layers.values()]
     budget = budget_left(growth["rank_ref"], ranks)
-    if budget == 0:
+    if budget < 1 or all(r >= limit for r, limit in zip(ranks, limits)):
         return None
     norms = [layer.normalised_norm() for layer in layers.values()]  # all before any growth
     scores = [now - layer.reference.item() for now, layer in zip(norms, layers.values())]  # Eq. 11
     for now, layer in zip(norms, layers.values()):
         layer.reference.fill_(now)
-    limits = [min(layer.base.weight.shape) for layer in layers.values()]
     k = matrices_to_grow(budget, step, growth["t0"], total, growth["mode"], growth["fixed_k"])
     chosen = choose_growth(scores, ranks, limits, budget, k, growth["delta"])
     for i, added in chosen:
@@ -388,15 +392,16 @@ def find_linears(model, targets):
         found.update(hits)
     if not found:
         raise ValueError("no targets given")
-    owners = {}  # parameter -> the modules that hold it
-    for name, module in modules.items():
+    owners = {}  # parameter -> the modules that hold it, a module with two names twice
+    for name, module in model.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
             owners.setdefault(p, []).append(name)
     for name in sorted(found):
         if len(owners[linears[name].weight]) > 1:
             raise ValueError(f"layer {name} is not adapted: {owners[linears[name].weight]} share its weight")
-        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-            raise ValueError(f"layer {name} is not adapted: nn.MultiheadAttention reads its weight, never calls it")
+        parent = type(modules[name.rpartition(".")[0]])
+        if issubclass(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            raise ValueError(f"layer {name} is not adapted: nn.{parent.__name__} reads its weight, not calling it")
     return {name: linear for name, linear in linears.items() if name in found}
 
 

@@ -138,15 +138,16 @@ def find_linears(model, targets):
         found.update(hits)
     if not found:
         raise ValueError("no targets given")
-    owners = {}  # parameter -> the modules that hold it
-    for name, module in modules.items():
+    owners = {}  # parameter -> the modules that hold it, a module with two names twice
+    for name, module in model.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
             owners.setdefault(p, []).append(name)
     for name in sorted(found):
         if len(owners[linears[name].weight]) > 1:
             raise ValueError(f"layer {name} is not adapted: {owners[linears[name].weight]} share its weight")
-        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
-            raise ValueError(f"layer {name} is not adapted: nn.MultiheadAttention reads its weight, never calls it")
+        parent = type(modules[name.rpartition(".")[0]])
+        if issubclass(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            raise ValueError(f"layer {name} is not adapted: nn.{parent.__name__} reads its weight, not calling it")
     return {name: linear for name, linear in linears.items() if name in found}
 
 

@@ -57,7 +57,7 @@ def trained(folder, name, kind="classification"):
         plan = method.calibrate(model, targets, [slice(0, 1), slice(1, 2)], loss, rank=2)
         options["plan"] = plan
     names = method.inject(model, targets, **options)
-    heads = train.train_head(model)
+    heads = train.train_head(model, False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for step in range(1, 5):
         optimizer.zero_grad()

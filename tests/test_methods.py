@@ -222,14 +222,19 @@ def test_wrong_use_is_refused_in_one_line_and_changes_nothing(method):
     case = Case("encoder")
     before = case.model.state_dict()
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    fast_path = nn.ModuleDict({"layer": nn.TransformerEncoderLayer(8, 2)})  # in eval mode it calls no layer of its own
+    twice = nn.ModuleDict({"a": nn.Linear(6, 6)})
+    twice["b"] = twice["a"]
     tied = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9, bias=False))
     tied[1].weight = tied[0].weight
     for model, targets, options, words in [
         (case.model, ["query"], {}, "target 'query' matches no nn.Linear; names end in: down_proj, head, k_proj, o_proj"),
         (case.model, ["q_proj", "nope"], {}, "target 'nope' matches no"),
         (case.model, [], {}, "no targets given"),
-        (attention, ["out_proj"], {}, "nn.MultiheadAttention reads its weight, never calls it"),
+        (attention, ["out_proj"], {}, "nn.MultiheadAttention reads its weight, not calling it"),
+        (fast_path, ["linear1"], {}, "nn.TransformerEncoderLayer reads its weight, not calling it"),
         (tied, ["1"], {}, "share its weight"),
+        (twice, ["a"], {}, "['a', 'b'] share its weight"),
     ]:
         with pytest.raises(ValueError) as error:
             module.inject(model, targets, **options)

@@ -334,6 +334,84 @@ def test_compare_gives_the_cosine_of_each_layers_update(csv, tmp_path, capsys):
         assert all(abs(v - 1) < 1e-5 for v in json.load(f)["cosine"].values())
 
 
+def test_flags_that_matter_at_the_end_are_checked_at_the_start(csv, tmp_path, capsys):
+    for more, words in [
+        (["--compare", tmp_path / "nothing"], "is not a run folder"),
+        (["--method", "head", "--compare", tmp_path / "run"], "method head has no low-rank update"),
+    ]:
+        if words.startswith("method"):
+            assert go(csv, tmp_path / "run", "--method", "lora")[0] == 0
+            capsys.readouterr()
+        assert go(csv, tmp_path / "other", *more)[0] == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1 and not (tmp_path / "other").exists()
+
+
+def test_what_fails_after_training_can_be_resumed(csv, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.modelling, "save_base", lambda model, path: (_ for _ in ()).throw(OSError("disk full")))
+    more = ["--method", "full", "--save-base", tmp_path / "base.safetensors"]
+    code, rows = go(csv, tmp_path / "run", *more)
+    assert code == 2 and (tmp_path / "run" / "state.pt").exists()
+    monkeypatch.undo()
+    assert go(csv, tmp_path / "run", *more, "--resume") == (0, rows)
+    assert (tmp_path / "base.safetensors").exists() and not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_a_base_saved_from_an_adapter_run_has_the_update_folded_in(csv, tmp_path):
+    base = str(tmp_path / "base.safetensors")
+    assert go(csv, tmp_path / "a", "--method", "lora", "--lr", "0.02", "--save-base", base)[0] == 0
+    model = train.restore(str(tmp_path / "a"))[0]
+    layer = model.blocks[0].q_proj
+    P, Q = layer.factors()
+    loaded = train.modelling.load_base(base, "lm")
+    error = (loaded.blocks[0].q_proj.weight - (layer.base.weight + P @ Q)).abs().max().item()
+    assert (P @ Q).abs().max() > 1e-3 and error < 1e-4  # float16 on disk
+
+
+def test_a_run_belongs_to_its_base(csv, tmp_path, capsys):
+    base = str(tmp_path / "base.safetensors")
+    assert go(csv, tmp_path / "a", "--method", "full", "--save-base", base)[0] == 0
+    argv = ["--data", csv, "--text", "text", "--label", "label", "--base", base, "--out", str(tmp_path / "b"), "--epochs", "1"]
+    argv += ["--no-figures", "--threads", "1", "--device", "cpu", "--method", "lora"]
+    assert train.main(argv) == 0
+    model, _, _, _ = train.restore(str(tmp_path / "b"))
+    assert go(csv, tmp_path / "c", "--method", "full", "--seed", "1", "--save-base", base)[0] == 0
+    with pytest.raises(ValueError, match="was trained on another base than what"):
+        train.restore(str(tmp_path / "b"))
+
+
+def test_a_frozen_head_is_frozen_with_every_method(csv, tmp_path):
+    for method in METHODS:
+        if method == "head":
+            continue
+        assert go(csv, tmp_path / method, "--method", method, "--freeze-head", "--lr", "0.02")[0] == 0
+        before = train.restore(str(tmp_path / method))[0].head.weight
+        checkpoint.seed_everything(0)
+        task, _, _ = train.load_task(checkpoint.read_config(tmp_path / method)["settings"])
+        fresh, _, _ = train.build_model(checkpoint.read_config(tmp_path / method)["settings"], task)
+        assert torch.equal(before, fresh.head.weight), method
+
+
+def test_no_penalty_is_no_penalty(csv, tmp_path):
+    """orth 0 turns the term off, and the loop does not stumble over a constant."""
+    more = ["--method", "triadapt", "--lr", "0.02"]
+    rows = {orth: go(csv, tmp_path / orth, *more, "--orth", orth)[1] for orth in ("0", "0.5")}
+    assert rows["0"] is not None and rows["0"] != rows["0.5"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(csv, tmp_path, capsys, monkeypatch):
+    import triadapt
+
+    penalty = triadapt.penalty
+    monkeypatch.setattr(triadapt, "penalty", lambda m: penalty(m) * (float("inf") if len(calls) > 3 else 1))
+    calls = []
+    rate = train.rate
+    monkeypatch.setattr(train, "rate", lambda *a: (calls.append(1), rate(*a))[1])
+    code, rows = go(csv, tmp_path / "run", "--method", "triadapt")
+    assert code == 1 and "gradient of norm" in capsys.readouterr().err
+    assert all(t.isfinite().all() for t in adapter_of(tmp_path / "run").values())
+
+
 def test_gradient_checkpointing_changes_no_number(csv, tmp_path):
     a = go(csv, tmp_path / "a", "--method", "lora")[1]
     b = go(csv, tmp_path / "b", "--method", "lora", "--gradient-checkpointing")[1]

@@ -164,7 +164,7 @@ def test_preserve_leaves_the_function_as_it_was(r, steps):
     assert (before - layer.base(x)).abs().max() > 1
     norm = layer.D.norm().item()
     divided = layer.normalised_norm() * r
-    assert abs(divided - norm) < 1e-12
+    assert abs(divided - norm) < 1e-5
     for added in steps:
         layer.grow(added)
         error = ((model(x) - before).abs().max() / before.abs().max()).item()
@@ -234,7 +234,7 @@ def test_eq11_importance_is_the_change_of_the_normalised_norm(normalise, divisor
     optimizer = torch.optim.AdamW(param_groups(model, 1e-3, 0.0))
     event = after_step(model, optimizer, 10, 100)
     assert now > start  # so the score is not trivially zero
-    assert abs(event["scores"]["0"] - (now - start)) < 1e-7
+    assert abs(event["scores"]["0"] - (now - start)) < 1e-6  # norms are kept in float32
     # At the next event: before any growth of that event, with the rank it has then.
     assert layer.rank == 4
     later = layer.D.norm().item() / {"r": 4.0, "sqrt": 2.0, "none": 1.0}[normalise]
@@ -470,6 +470,20 @@ def test_scores_are_taken_before_any_growth_and_only_k_grow_with_ties():
 # ------------------------------------------------------------------- saving and refusing
 
 
+def test_what_does_not_fit_is_refused_at_loading():
+    model, layer = adapted(rank=1, n=7)
+    layer.grow(2)
+    fresh, _ = adapted(rank=1, n=8)
+    with pytest.raises(RuntimeError, match="size mismatch for 0.A"):
+        fresh.load_state_dict(model.state_dict())
+
+
+def test_a_layer_that_has_not_moved_scores_exactly_zero():
+    model, layer = adapted(rank=2, trained=False, t0=0, interval=1)
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-3, 0.0))
+    assert after_step(model, optimizer, 1, 10)["scores"] == {"0": 0.0}
+
+
 def test_a_grown_layer_loads_into_a_fresh_one():
     model, layer = adapted(rank=1, seed=0)
     layer.grow(4)
@@ -509,4 +523,4 @@ def test_a_reference_rank_above_the_layer_is_allowed_and_capped():
     optimizer = torch.optim.AdamW(param_groups(model, 1e-3, 0.0))
     events = [after_step(model, optimizer, t, 100) for t in range(1, 8)]
     assert layer.rank == 5 == min(layer.base.weight.shape)
-    assert events[-1]["grown"] == {}
+    assert events[0]["grown"] == {"0": 5} and events[1:] == [None] * 6, "growth ends when none can grow"
