@@ -41,13 +41,13 @@ from tlora import cosine_similarity
 HERE = os.path.dirname(os.path.abspath(__file__))
 ASSETS = os.path.join(HERE, "assets")
 
-# method: (module, what it is, learning rate, weight decay). The rates were chosen on seed 100, which no
-# table uses, with `python bench/rates.py`; the decays are the papers' where a paper names one.
+# method: (module, what it is, learning rate, weight decay). The adapters' rates were chosen on seed 100, which
+# no table uses (bench/rates.md); the decays are the papers' where a paper names one.
 METHODS = {
-    "triadapt": ("triadapt", "TriAdaptLoRA: B (L+U) A, ranks grow under a budget", 2e-3, 0.0),
-    "tlora": ("tlora", "TLoRA: alpha C B A, only B and the scale alpha trained", 2e-2, 0.01),
+    "triadapt": ("triadapt", "TriAdaptLoRA: B (L+U) A, ranks grow under a budget", 4e-3, 0.0),
+    "tlora": ("tlora", "TLoRA: alpha C B A, only B and the scale alpha trained", 5e-3, 0.01),
     "tlora_plus": ("tlora_plus", "TLoRA+: C B A, each matrix with its own learning rate", 1e-3, 0.1),
-    "task_tlora": ("task_tlora", "Task-aware TLoRA: A from the data, frozen; ranks by sensitivity", 3e-3, 0.0),
+    "task_tlora": ("task_tlora", "Task-aware TLoRA: A from the data, frozen; ranks by sensitivity", 2e-3, 0.0),
     "lora": ("baselines.lora", "LoRA, the yardstick", 2e-3, 0.0),
     "full": ("baselines.full", "full fine-tuning", 5e-4, 0.01),
     "bitfit": ("baselines.bitfit", "biases only", 5e-3, 0.0),
