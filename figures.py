@@ -64,7 +64,7 @@ def curves(out, history, headline):
         ax.set(xlabel="step", title=f"{headline} (development)")
         ax.grid(alpha=0.3)
     if axes:
-        axes[0].step(steps, ranks, where="pre", color="tab:green")
+        axes[0].plot(steps, ranks, marker=".", color="tab:green")
         axes[0].set(xlabel="step", title="total rank", ylim=(0, None))
     return save(fig, out, "curves.png")
 
@@ -135,9 +135,9 @@ def draw_updates(out, model, names, compared=None):
         ax.hist(values.numpy(), bins=80, range=(-bound, bound), density=True, color="tab:blue")
         grid = torch.linspace(-bound, bound, 200)
         gauss = torch.exp(-0.5 * ((grid - values.mean()) / values.std()) ** 2) / (values.std() * (2 * torch.pi) ** 0.5)
-        ax.plot(grid, gauss, color="tab:red", lw=1, label="Gaussian of the same mean and deviation")
+        ax.plot(grid, gauss, color="tab:red", lw=1, label="Gaussian,\nsame mean\nand std")
         ax.set(title=f"{key}  (std {values.std():.2g})", yticks=[])
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", frameon=False, fontsize=7)
+    axes[0, 0].legend(frameon=False, fontsize=6, loc="upper right", handlelength=1)
     made = [save(fig, out, "histograms.png")]
 
     square = [name for name in names if len(set(model.get_submodule(name).base.weight.shape)) == 1]
