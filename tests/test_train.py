@@ -117,6 +117,7 @@ def test_labels_as_a_draft_change_no_generated_answer(monkeypatch):
     for answers in (right, wrong, [[1, 2, 3]] * 6, [ids[:1] for ids in right]):
         assert train.greedy(model, batch(answers), prompts, 8, stop) == plain
     assert generated[0] == sum(len(ids) == 8 for ids in plain) < 6 <= generated[2]  # the draft did save the rest
+    assert train.greedy(model, {}, prompts, 8, stop) == plain  # rows without labels
 
 
 def test_accumulated_batches_give_the_gradient_of_one_large_batch():
