@@ -1,41 +1,26 @@
-"""The generated world: a small grammar over meanings, text to pretrain on, and tasks with GLUE's names.
+"""The generated world: a small grammar over meanings. suite.py makes the tasks and the pretraining text of it.
 
 A meaning is an `Event` (verb, agent, patient, recipient, tense, negation, place, time), whose agent, patient
 and recipient are `Thing`s (noun, number, determiner, adjective, what stands behind the noun). `sentence` says
 it in many ways, and small functions make other meanings of it:
 
-    e = Event("sell", Thing("farmer", plural=True), Thing("rose", det="a", adjective="red"),
+    e = Event("sell", Thing("farmer", plural=True), Thing("rose", adjective="red"),
               recipient=Thing("mary", det=""), place="at the market")
-    sentence(e)                     the farmers sold a red rose to mary at the market .
-    sentence(e, passive=True)       a red rose was sold to mary by the farmers at the market .
+    sentence(e)                     the farmers sold the red rose to mary at the market .
+    sentence(e, passive=True)       the red rose was sold to mary by the farmers at the market .
     sentence(e, ask="patient")      what did the farmers sell to mary at the market ?
-    sentence(converse(e))           mary bought a red rose from the farmers at the market .
-    sentence(weaken(dice, e))       perhaps: the farmers sold a flower at the market .
-    sentence(contradict(dice, e))   the farmers did not sell a red rose to mary at the market .
+    sentence(converse(e))           mary bought the red rose from the farmers at the market .
+    sentence(general(dice, e))      the farmers sold the flower to mary at the market .
+    sentence(negate(e))             the farmers did not sell the red rose to mary at the market .
+    sentence(different(dice, e))    mary sold the red rose to the farmers at the market .
 
-Because the meaning is known, so is what follows from it, what it rules out and what it answers. Two things
-are made of that. Each depends on its arguments alone and is the same on every machine:
-
-    text("mlm", n, seed)        to pretrain on: single sentences, and pairs such as
-                                ("the nurse hugged a small boy .", "so a child was embraced by the nurse .")
-    examples("cola", "train")   a task: [(texts, label), ...]
-
-cola: is the sentence acceptable? Those that are not break exactly one rule of this grammar (VIOLATIONS), and
-no word gives them away: "the dog near the cats run" and "the dogs near the cat runs" are wrong, with the
-verbs exchanged both are right.
-
-sst2: does the review praise? Its polar word says little, since it may be turned round once ("hardly dull") or
-twice ("never fails to bore us"), and only the main clause counts ("although ... , ...", "... , but ...").
-
-A task is a function from dice to (texts, label) and a row in TASKS.
+Everything depends on its arguments alone and is the same on every machine.
 """
 
+import itertools
 import random
 import re
-import zlib
 from typing import NamedTuple
-
-SPLITS = {"train": 4000, "dev": 1000, "test": 1000}
 
 # ------------------------------------------------------------------------------ words
 # In every list the common words come first and the rare ones last: see Dice.rare.
@@ -83,6 +68,8 @@ SEXES = table("""
 HYPERNYM = {noun: kind for kind, nouns in NOUNS.items() for noun in nouns}
 HYPERNYM |= {"worker": "person", "relative": "person", "ruler": "person", "bird": "animal"}
 HYPERNYM |= {name: SEXES[reflexive][0] for reflexive in NAMES for name in NAMES[reflexive]}
+NAMED = {SEXES[reflexive][0]: NAMES[reflexive] for reflexive in NAMES}
+ROLES, DETAILS = ("agent", "patient", "recipient"), ("manner", "place", "time")
 PRONOUNS = {"he": "him", "she": "her", "they": "them"}  # as subject: as object
 DETERMINERS = {  # by plural
     False: "the a this my our another".split(),
@@ -92,8 +79,6 @@ STRICT = {  # go with one number alone. Every, each, few are only here: they tur
     False: "this a that every each another".split(),
     True: "these two those three many several few".split(),
 }
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-    sixteen seventeen eighteen nineteen twenty""".split()
 
 FRAMES = {  # which classes the agent, the patient and the recipient are of
     "act": (PEOPLE, None, None),
@@ -137,6 +122,7 @@ TRAITS = table("""
         unhappy
     other: big small new red old clean dirty heavy green large cheap expensive light blue little wet dry used
         yellow white black costly filthy spotless""")
+COLOURS = {"red", "green", "blue", "yellow", "white", "black"}
 MANNERS = "quickly quietly happily slowly carefully loudly gladly silently eagerly calmly rapidly".split()
 PLACES = table("""
     in: garden kitchen forest park office library museum village
@@ -147,7 +133,7 @@ NEAR = ["near", "beside", "behind", "with"]
 TENSES = {  # tense of the first verb, auxiliaries before the verb, times that go with it
     "present": ("present", [], ["every day", "every morning", "on mondays"]),
     "past": ("past", [], ["yesterday", "last week", "last night", "last month"]),
-    "progressive": ("present", ["be"], ["right now", "at the moment"]),
+    "progressive": ("present", ["be"], ["right now", "this morning"]),
     "perfect": ("present", ["have"], ["many times", "since monday"]),
     "future": ("present", ["will"], ["tomorrow", "next week", "next month", "next year"]),
     "ongoing": ("past", ["be"], ["yesterday", "last week", "last night"]),
@@ -190,12 +176,12 @@ POLAR = {  # by praise
         noun: flaws noise nonsense tricks malice cruelty boredom"""),
 }
 VERDICTS = {
-    True: ["loved it", "had a good time", "wants to see it again", "was very pleased"],
-    False: ["hated it", "had a bad time", "does not want to see it again", "was not pleased"],
+    True: ["[loved] it", "had a [good] time", "was [very] pleased"],
+    False: ["[hated] it", "had a [bad] time", "was [not] pleased"],
 }
 REMARKS = {
-    True: ["that is right", "you speak well", "yes , one says so"],
-    False: ["that is wrong", "you speak badly", "no , nobody says so"],
+    True: ["that is [right]", "you speak [well]"],
+    False: ["that is [wrong]", "you speak [badly]"],
 }
 
 
@@ -430,11 +416,49 @@ def event(dice, frame="", tense="", plural=None, nested=False):
 
 
 # ------------------------------------------------------------------------------ meanings from meanings
+# From here on events are simple and definite, so that two sentences speak of the same things: if the dog slept,
+# then the animal slept, and if the dog did not, "the dog slept" is false. Words are other words unless a table
+# above says that they are synonyms, antonyms, or one the hypernym of the other.
 
 
 def on_things(e, change):
-    roles = {role: getattr(e, role) for role in ("agent", "patient", "recipient")}
+    roles = {role: getattr(e, role) for role in ROLES}
     return e._replace(**{role: change(thing) for role, thing in roles.items() if thing})
+
+
+def nouns_of(e):
+    return [getattr(e, role).noun for role in ROLES if getattr(e, role)]
+
+
+def scene(dice, frame="", detail=0.3):
+    """An event with "the" at every noun, without pronouns and modifiers, and no noun said of two of its things.
+
+    Manner, place and time are there with the chance `detail` each.
+    """
+    e = on_things(event(dice, frame, nested=True), lambda t: t._replace(det=t.det and "the"))
+    nouns = nouns_of(e)
+    if set(nouns) & set(PRONOUNS) or any(akin(a, b) for a, b in itertools.combinations(nouns, 2)):
+        return scene(dice, frame, detail)
+    return e._replace(**{name: value if dice.chance(detail) else "" for name, value in details(dice, e).items()})
+
+
+def details(dice, e):
+    """A manner, a place and a time that go with the event."""
+    manner = "" if e.verb in STATIVE else dice.rare(MANNERS)
+    return {"manner": manner, "place": dice.rare(PLACES), "time": dice.pick(TENSES[e.tense][2])}
+
+
+def above(noun):
+    """The nouns that may be said of what this one is said of: dog, animal / kid, child, person."""
+    return {noun, SYNONYM.get(noun)} | (above(HYPERNYM[noun]) if noun in HYPERNYM else set())
+
+
+ABOVE = {noun: above(noun) for noun in [*HYPERNYM, *NOUNS]}
+
+
+def akin(a, b):
+    """Whether one noun may be said of what the other is said of: dog and animal, not dog and cat."""
+    return a in ABOVE[b] or b in ABOVE[a]
 
 
 def synonyms(dice, e):
@@ -452,9 +476,9 @@ def converse(e):
     return e._replace(verb=CONVERSE[e.verb], agent=e.recipient, recipient=e.agent)
 
 
-def paraphrase(dice, e):
-    """A sentence that means the same: synonyms, the passive, the converse verb, another order."""
-    e, how = synonyms(dice, e), {"front": dice.chance(0.5)}
+def rearranged(dice, e):
+    """A sentence of the event in some order: the passive, the converse verb, the recipient or the time first."""
+    how = {"front": dice.chance(0.5)}
     if e.recipient and e.verb in CONVERSE and dice.chance(0.4):
         e = converse(e)
     elif e.recipient and dice.chance(0.4):
@@ -464,287 +488,128 @@ def paraphrase(dice, e):
     return sentence(e, **how)
 
 
-def weaken(dice, e):
-    """An event that follows from `e` (which is not negated): details are dropped, nouns become hypernyms."""
-
-    def weaker(t):
-        t = t._replace(adjective=dice.pick([t.adjective, ""]), after=dice.pick([t.after, ()]))
-        if t.noun not in HYPERNYM or dice.chance(0.5):
-            return t
-        det = "a" if not t.plural else t.det if t.det in NUMBERS + ["many", "several"] else "some"
-        return t._replace(noun=HYPERNYM[t.noun], det=det)
-
-    kept = {name: getattr(e, name) for name in ("recipient", "manner", "place", "time")}
-    return on_things(e._replace(**{name: dice.pick([kept[name], None]) for name in kept}), weaker)
+def paraphrase(dice, e):
+    """A sentence that means the same: synonyms, in another order."""
+    return rearranged(dice, synonyms(dice, e))
 
 
-def definite(e):
-    """The event with "the" at every noun: two sentences about it then speak of the same things."""
-    return on_things(e, lambda t: t._replace(det=t.det and "the"))
+def question(dice, e, role):
+    """A question about a role of the event or about the whole ("yes"), in other words."""
+    e, how = synonyms(dice, e), {}
+    if role == "yes" and e.patient and not e.recipient and dice.chance(0.5):
+        how["passive"] = True
+    elif role not in ("agent", "recipient") and e.recipient and e.verb in CONVERSE and dice.chance(0.4):
+        e = converse(e)
+    return sentence(e, ask=role, **how)
 
 
-def contradict(dice, e):
-    """An event that cannot be so if `e` is: negated, or with the antonym of its verb or trait."""
-    opposite = ANTONYM.get(e.trait or e.verb)
-    if e.negated or not opposite or dice.chance(0.4):
-        return e._replace(negated=not e.negated)
-    return e._replace(trait=opposite) if e.trait else e._replace(verb=opposite)
+def general(dice, e):
+    """The event with less said of it: details and adjectives go, nouns become hypernyms."""
 
-
-# ------------------------------------------------------------------------------ cola: right and wrong
-# Each function gives a sentence and one that breaks its rule and differs in nothing else. What the error adds
-# or takes away, another draw of the same function takes away or adds, so that no word is a sign of errors.
-
-
-def agreement(dice):
-    """The verb has the number of its subject, whatever stands between: the dogs near the cat runs."""
-    plural = dice.chance(0.5)
-    tense = dice.pick(["present", "perfect", "progressive", "ongoing"])
-    e = event(dice, tense=tense, plural=plural, nested=True)
-    if dice.chance(0.8):
-        e = e._replace(agent=e.agent._replace(after=modifier(dice, e.agent.noun, not plural)))
-    how = {"ask": "yes"} if dice.chance(0.15) else {}
-    return sentence(e, **how), sentence(e, plural=not takes_plural(e.agent), **how)
-
-
-def reflexives(dice):
-    """A reflexive has the number and sex of the subject: the king near the women praised themselves."""
-
-    def people(kind):
-        plural = kind == "themselves"
-        noun = dice.rare(SEXES[dice.pick(list(SEXES)) if plural else kind])
-        return Thing(noun, plural, dice.rare(DETERMINERS[plural]))
-
-    right, wrong = dice.two(["himself", "herself", "themselves"])
-    agent = people(right)
-    if dice.chance(0.7):
-        agent = agent._replace(after=(dice.rare(NEAR), people(wrong)))
-    e = event(dice, "treat")._replace(agent=agent)
-    return tuple(sentence(e._replace(patient=Thing(kind, det=""))) for kind in (right, wrong))
-
-
-def arguments(dice):
-    """A verb has the objects it needs and no others: the nurse praised / the nurse smiled the dog."""
-    one, two = event(dice, dice.pick(INTRANSITIVE)), event(dice, dice.pick(TRANSITIVE))
-    three, person = event(dice, "give"), event(dice, "treat")
-    doubled = person._replace(patient=three.patient, recipient=person.patient)  # praised the boy the apple
-    return dice.pick([
-        (sentence(one), sentence(one._replace(patient=two.patient))),
-        (sentence(two), sentence(two._replace(patient=None))),
-        (sentence(three), sentence(three._replace(patient=None))),
-        (sentence(person), sentence(doubled, shift=True)),
-    ])  # fmt: skip
-
-
-def auxiliaries(dice):
-    """The verb has the form that its auxiliary governs: the cat has sleeping / did not slept."""
-    e = event(dice, dice.pick(INTRANSITIVE + TRANSITIVE), "progressive")._replace(time="")
-    right, wrong = dice.two(["base", "participle", "ing"])
-    tense = {"base": "future", "participle": "perfect", "ing": "progressive"}[right]
-    e = e._replace(tense=tense, negated=dice.chance(0.3))
-    if right == "base" and e.negated:
-        e = e._replace(tense="past")  # did not sleep
-    return sentence(e), sentence(e, form=wrong)
-
-
-def determiners(dice):
-    """A determiner has the number of its noun: these small dog."""
-    frame, role, plural = dice.pick(TRANSITIVE), dice.pick(["agent", "patient"]), dice.chance(0.5)
-    e = event(dice, frame, "past")  # the past does not show the number
-    noun = thing(dice, FRAMES[frame][role == "patient"], plural, nested=True)
-    noun = noun._replace(det=dice.rare(STRICT[plural]))
-    return tuple(sentence(e._replace(**{role: noun._replace(plural=n)})) for n in (plural, not plural))
-
-
-def times(dice):
-    """The time goes with the tense: tomorrow the dog slept."""
-    right, wrong = dice.two(dice.pick([["past", "future"], ["past", "progressive"]]))
-    e, front = event(dice, dice.pick(INTRANSITIVE + TRANSITIVE), right), dice.chance(0.5)
-    said = [dice.pick(TENSES[tense][2]) for tense in (right, wrong)]
-    return tuple(sentence(e._replace(time=time), front=front) for time in said)
-
-
-BEFORE_A_WORD = {*sum([*DETERMINERS.values(), *TRAITS.values()], NEAR), "an", "in", "at", "on", "to"}
-
-
-def orders(dice):
-    """Words have their places: dog the slept / a rose red / the in garden."""
-    e = event(dice, dice.pick(INTRANSITIVE + TRANSITIVE + ["give"]), plural=dice.chance(0.4))
-    words = sentence(e).split()
-    i = dice.pick([i for i, word in enumerate(words) if word in BEFORE_A_WORD])
-    return " ".join(words), " ".join([*words[:i], words[i + 1], words[i], *words[i + 2 :]])
-
-
-VIOLATIONS = [agreement, reflexives, arguments, auxiliaries, determiners, times, orders]
-
-
-def cola(dice):
-    """An acceptable sentence (1, two of three) or one that breaks a rule (0)."""
-    right, wrong = dice.pick(VIOLATIONS)(dice)
-    return ((right,), 1) if dice.chance(0.67) else ((wrong,), 0)
-
-
-# ------------------------------------------------------------------------------ sst2: reviews
-
-STRAIGHT = [  # the polar word (adjective, verb or noun) keeps its polarity; in the last three turned twice
-    "{part} {be} {very} {adjective}", "{part} {verbs} us", "{part} {be} full of {noun}",
-    "everybody found {part} {adjective}", "{part} {be} more {adjective} than i hoped",
-    "critics called {part} {adjective} , and they were right", "{part} {manages} to {verb} us",
-    "{part} never {fails} to {verb} us", "{part} {be} not without {noun}", "{part} {does} not lack {noun}",
-]  # fmt: skip
-TURNED = [  # the polar word is turned round
-    "{part} {be} {hardly} {adjective}", "{part} {fails} to {verb} us", "{part} {lacks} {noun}",
-    "nobody found {part} {adjective}", "{part} {be} less {adjective} than i hoped",
-    "critics called {part} {adjective} , and they were wrong", "{part} {does} not {verb} us",
-    "{part} never {verbs} us", "{part} {be} without {noun}", "{part} {be} free of {noun}",
-]  # fmt: skip
-VERY = ["very", "truly", "quite", "always", "so"]
-HARDLY = ["not", "not at all", "hardly", "never", "far from", "anything but", "by no means"]
-LEADS = ["", "", "", "in the end , ", "for me , ", "to be honest , ", "all in all , "]
-REVIEWS = [
-    "{main}", "{main} , and {same}", "{other} , but {main}", "although {other} , {main}",
-    "{main} , although {other}", "despite its {noun} , {main}",
-]  # fmt: skip
-
-
-def opinion(dice, praise):
-    """A clause that praises or blames part of a film."""
-    plural, tense, turned = dice.chance(0.25), dice.pick(["present", "past"]), dice.chance(0.25)
-    polar = {kind: dice.rare(words) for kind, words in POLAR[praise != turned].items()}
-    slots = {"be": "be", "does": "do", "fails": "fail", "lacks": "lack", "manages": "manage"}
-    slots["verbs"] = polar["verb"]
-    finite = {slot: verb_group(verb, tense, plural)[0] for slot, verb in slots.items()}
-    part = Thing(dice.rare(PARTS[plural]), plural, dice.pick(["the", "these" if plural else "this"]))
-    return dice.rare(TURNED if turned else STRAIGHT).format(
-        part=noun_phrase(part), very=dice.pick(VERY), hardly=dice.pick(HARDLY), **polar, **finite
-    )
-
-
-def review(dice, praise):
-    """A review. The main clause decides: the one after but, and not the one with although or despite."""
-    said = dice.rare(REVIEWS).format(
-        main=opinion(dice, praise), same=opinion(dice, praise), other=opinion(dice, not praise),
-        noun=dice.rare(POLAR[not praise]["noun"]),
-    )  # fmt: skip
-    return f"{dice.pick(LEADS)}{said} ."
-
-
-def sst2(dice):
-    """A review that praises (1) or blames (0)."""
-    praise = dice.chance(0.5)
-    return (review(dice, praise),), int(praise)
-
-
-# ------------------------------------------------------------------------------ tasks
-
-TASKS = {"cola": cola, "sst2": sst2}
-
-
-def split_of(text):
-    """The only split this sentence may be in, by its CRC: eight of ten "train", like all pretraining text."""
-    return {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 10, "train")
-
-
-def examples(task, split, seed=0):
-    """[(texts, label), ...], SPLITS[split] of them, all different and none in another split of any seed."""
-    for what, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
-        if value not in known:
-            raise ValueError(f"unknown generated {what} '{value}': known are {', '.join(known)}")
-    dice, rows = Dice(f"{task} {split} {seed}"), {}
-    while len(rows) < SPLITS[split]:
-        texts, label = TASKS[task](dice)
-        if split_of(texts[0]) == split:
-            rows[texts] = label
-    return list(rows.items())
-
-
-# ------------------------------------------------------------------------------ text to pretrain on
-
-
-def single(dice):
-    """One sentence: a statement, two of them, the right side of a violation, a question or a review."""
-    kind = dice.rare(["rule", "statement", "review", "two", "question"])
-    if kind == "two":
-        link = dice.pick(["and", "but", "because", "while", "when", ", so"])
-        return written(f"{clause(event(dice, nested=True))} {link} {clause(event(dice, nested=True))} .")
-    if kind == "rule":
-        return dice.pick(VIOLATIONS)(dice)[0]
-    if kind == "review":
-        return review(dice, dice.chance(0.5))
-    return sentence(event(dice), ask="yes" if kind == "question" else "")
-
-
-# Pairs: two sentences and how the second is said. Or one, and what is said of it.
-
-
-def same(dice):
-    e = event(dice)
-    return sentence(e), paraphrase(dice, e), dice.pick(["{}", "in other words , {}"])
-
-
-def follows(dice):
-    e = event(dice)._replace(negated=False)
-    return sentence(e), paraphrase(dice, weaken(dice, e)), dice.pick(["{}", "so {}"])
-
-
-def answered(dice):
-    e = definite(event(dice))
-    roles = [role for role in ("agent", "patient", "recipient", "place", "time") if getattr(e, role)]
-    ask = dice.pick(["yes", *roles])
-    if ask == "yes":
-        asked = dice.pick([e, contradict(dice, e)])._replace(negated=False)
-        return sentence(e), sentence(asked, ask="yes"), "{} yes ." if asked == e else "{} no ."
-    e, answer = e._replace(negated=False), getattr(e, ask)
-    answer = written(noun_phrase(answer)) if isinstance(answer, Thing) else answer
-    return sentence(e), sentence(e, ask=ask), f"{{}} {answer} ."
-
-
-def ruled_out(dice):
-    e = definite(event(dice))
-    return sentence(e), paraphrase(dice, contradict(dice, e)), "it is false that {}"
-
-
-def possible(dice):
-    e = event(dice)._replace(negated=False)
-    return sentence(weaken(dice, e)), paraphrase(dice, e), "perhaps {}"
-
-
-def judged(dice):
-    praise = dice.chance(0.5)
-    who = dice.pick(["she", "he", "mary", "john"])
-    return review(dice, praise), "", f"in short , {who} {dice.pick(VERDICTS[praise])} ."
-
-
-def taught(dice):
-    """A teacher's remark. Only here a wrong sentence is text to pretrain on, and it is called wrong."""
-    right = dice.chance(0.5)
-    return dice.pick(VIOLATIONS)(dice)[0 if right else 1], "", f"{dice.pick(REMARKS[right])} ."
-
-
-def counted(dice):
-    who, noun = Thing(dice.rare(NAMES["himself"]), det=""), dice.rare(NOUNS[dice.pick(GOODS)])
-    n, change = 2 + int(9 * dice.random()), 1 + int(9 * dice.random())
-    buys = dice.chance(0.5) or change >= n
-    left = n + change if buys else n - change
-    had, has = (clause(Event("have", who, Thing(noun, k != 1, NUMBERS[k]))) for k in (n, left))
-    changed = f"bought {NUMBERS[change]} more" if buys else f"sold {NUMBERS[change]} of them"
-    return f"{had} and {changed} .", f"{has} .", "in the end {}"
-
-
-PAIRS = [same, follows, taught, answered, judged, ruled_out, possible, counted]  # the first most often
-
-
-def text(kind, n, seed=0):
-    """Yield n tuples of one or two strings to pretrain an encoder ("mlm") or decoder ("clm"). Half are pairs.
-
-    None of the sentences is in the dev or test split of a task, whatever the seeds. (A second sentence behind
-    a connective, "so ...", counts without it.)
-    """
-    if kind not in ("mlm", "clm"):
-        raise ValueError(f"unknown kind of text '{kind}': known are mlm, clm")
-    dice = Dice(f"{kind} {seed}")
-    while n > 0:
-        first, second, said = dice.rare(PAIRS)(dice) if dice.chance(0.55) else (single(dice), "", "")
-        if first != second and all(split_of(sentence) == "train" for sentence in (first, second) if sentence):
-            yield (first, said.format(second)) if said else (first,)
-            n -= 1
+    def change(t):
+        t = t._replace(adjective=dice.pick([t.adjective, ""]))
+        wider = t.noun in HYPERNYM and dice.chance(0.4)
+        return t._replace(noun=HYPERNYM[t.noun], det="the") if wider else t
+
+    return on_things(e._replace(**{name: "" for name in DETAILS if dice.chance(0.5)}), change)
+
+
+def specific(dice, e):
+    """The event with more said of it: details and adjectives come, nouns become hyponyms."""
+
+    def change(t):
+        if t.det and not t.adjective and dice.chance(0.3):
+            t = t._replace(adjective=dice.rare(traits(t.noun)))
+        narrower = t.noun in NOUNS and dice.chance(0.6)
+        return t._replace(noun=dice.rare(NOUNS[t.noun])) if narrower else t
+
+    more = {name: value for name, value in details(dice, e).items() if not getattr(e, name) and dice.chance(0.3)}
+    return on_things(e._replace(**more), change)
+
+
+def stronger(dice, e):
+    """An event that `e` follows from. With a negation it is the one that says less."""
+    return (general if e.negated else specific)(dice, e)
+
+
+def weaker(dice, e):
+    """An event that follows from `e`, and may say as much."""
+    return (specific if e.negated else general)(dice, e)
+
+
+def negate(e):
+    return e._replace(negated=not e.negated)
+
+
+def opposite(e):
+    """The event with the antonym of its verb or trait; None if there is none."""
+    word = ANTONYM.get(e.trait or e.verb)
+    return word and (e._replace(trait=word) if e.trait else e._replace(verb=word))
+
+
+def frame_of(e):
+    """The frame of an event: a few verbs have two, which differ in their patients."""
+
+    def fits(noun, classes):
+        return noun in classes or (noun in HYPERNYM and fits(HYPERNYM[noun], classes))
+
+    frames = [frame for frame in FRAMES if e.verb in VERBS[frame]]
+    return next(f for f in frames if all(fits(getattr(e, r).noun, c) for r, c in zip(ROLES, FRAMES[f]) if c))
+
+
+def other_word(dice, word, words):
+    """One of the words that is not `word` and no synonym or antonym of it."""
+    near = {word, SYNONYM.get(word), ANTONYM.get(word)}
+    near |= {SYNONYM.get(w) for w in near} | (COLOURS if word in COLOURS else set())
+    return dice.rare([w for w in words if w not in near])
+
+
+def other_noun(dice, e, role, classes):
+    """The event with another noun in a role, one of these classes and not akin to any noun of the event."""
+    nouns = [NOUNS.get(kind) or NAMED[kind] for kind in classes]
+    noun = dice.rare(dice.pick(nouns))
+    if any(akin(noun, taken) for taken in nouns_of(e)):
+        return other_noun(dice, e, role, classes)
+    det = "" if HYPERNYM[noun] in NAMED else "the"
+    return e._replace(**{role: getattr(e, role)._replace(noun=noun, det=det)})
+
+
+def different(dice, e, keep=()):
+    """The event with one thing changed that is not in `keep`: neither of the two follows from the other, and
+    neither rules the other out."""
+    frame, roles = frame_of(e), [role for role in ROLES if getattr(e, role)]
+    swapped = "recipient" if e.recipient else "patient" if frame in ("treat", "hunt") else ""
+    ways = [*roles, *roles, "verb", *DETAILS, "trait", swapped and "swap", swapped and "swap", "tense"]
+    way = dice.pick([way for way in ways if way and way not in keep])
+    if way in roles:
+        t = getattr(e, way)
+        if t.adjective and dice.chance(0.5):
+            return e._replace(**{way: t._replace(adjective=other_word(dice, t.adjective, traits(t.noun)))})
+        return other_noun(dice, e, way, FRAMES[frame][ROLES.index(way)])
+    if way == "swap" and not {"agent", swapped} & set(keep):
+        return e._replace(**{"agent": getattr(e, swapped), swapped: e.agent})
+    if way == "verb" and not e.trait:
+        return e._replace(verb=other_word(dice, e.verb, VERBS[frame]))
+    if way == "tense" and e.tense in ("past", "future") and "time" not in keep:
+        tense = "future" if e.tense == "past" else "past"
+        return e._replace(tense=tense, time=e.time and dice.pick(TENSES[tense][2]))
+    if way in (*DETAILS, "trait") and getattr(e, way):
+        known = {"manner": MANNERS, "place": PLACES, "time": TENSES[e.tense][2], "trait": traits(e.agent.noun)}
+        return e._replace(**{way: other_word(dice, getattr(e, way), known[way])})
+    return different(dice, e, keep)
+
+
+def premise(dice, e, relation):
+    """An event that entails `e`, contradicts it, or (neutral) does neither."""
+    other = opposite(e)
+    if relation == "neutral":
+        less = weaker(dice, e)
+        if less != e and dice.chance(0.35):
+            return less
+        # Negated, it must not be made more general: the change could be lost, or `e` follow after all.
+        e = different(dice, e) if e.negated else specific(dice, different(dice, e))
+        return negate(e) if dice.chance(0.3) else e
+    if relation == "contradiction":
+        return specific(dice, other) if other and not e.negated and dice.chance(0.5) else stronger(dice, negate(e))
+    # What is sad is not happy.
+    return specific(dice, negate(other)) if other and e.negated and dice.chance(0.5) else stronger(dice, e)

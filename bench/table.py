@@ -1,14 +1,17 @@
-"""Every method on every generated task, over seeds: the table of the README.
+"""Every method on every generated task, over seeds: the table of the README, and what the tasks were made to show.
 
-    python bench/table.py                         # all methods, all generated tasks, seeds 0 1 2
-    python bench/table.py --jobs 1 --methods lora triadapt --tasks sst2 --seeds 0 1 2 3 4
+    python bench/table.py                         # all methods, all tasks, seeds 0 1 2: some hours on two cores
+    python bench/table.py --methods head full lora-r1 lora --tasks mnli rte --seeds 0 1 2
+    python bench/table.py --jobs 1 --minutes 50   # starts no run after 50 minutes; go on another day
 
-Each run is `python train.py --method M --task T --seed S` with that method's defaults. Finished runs are kept in
-bench/table.jsonl and not run again while the base, the tokenizer, the tasks and the defaults are the same; what
-changed is run anew. bench/table.md and the table in README.md are rewritten from these rows alone.
+Each run is `python train.py --method M --task T --seed S` with the defaults of that method and task. Finished runs are
+kept in bench/table.jsonl and not run again while the base, the tokenizer, the task's rows, the code and the defaults are
+the same; what changed is run anew. bench/table.md and the table in README.md are rewritten from these rows alone.
 """
 
 import argparse
+import ast
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -25,19 +29,37 @@ import data  # noqa: E402
 import train  # noqa: E402
 
 ROWS = os.path.join(ROOT, "bench", "table.jsonl")
-TASKS = [name for name in data.GENERATED if data.TASKS[name].kind not in ("lm", "mlm")]
+TASKS = [name for name in data.GENERATED if name not in data.TEXT_TASKS]
+METHODS = {name: ["--method", name] for name in train.METHODS}
+METHODS["lora-r1"] = ["--method", "lora", "--rank", "1"]  # is rank 8 of use?
+SEEDS = [0, 1, 2]
 MARKS = ("<!-- table of bench/table.py -->", "<!-- end of the table -->")
 
 
-def fingerprint(method):
-    """What a number depends on: base, tokenizer, world, model, the method's file, the run's and the method's defaults."""
+def code(path):
+    """A file's program without comments and layout."""
+    with open(os.path.join(ROOT, path), encoding="utf-8") as f:
+        return ast.dump(ast.parse(f.read()))
+
+
+@functools.cache
+def rows_of(task):
+    return repr([data.load(task, split=split) for split in ("train", "dev")])
+
+
+@functools.cache
+def fingerprint(method, task):
+    """What a number depends on: base, tokenizer, the task's rows, model, the method's file, all settings and options."""
+    settings, options, _ = train.parse([*METHODS[method], "--task", task])
+    method_file = train.METHODS[settings["method"]][0].replace(".", "/") + ".py"
     digest = hashlib.sha256()
-    method_file = train.METHODS[method][0].replace(".", "/") + ".py"
-    for path in ("assets/encoder.safetensors", "assets/tokenizer.json", "world.py", "model.py", method_file):
-        with open(os.path.join(ROOT, path), "rb") as f:
+    for path in (train.base_of(settings), os.path.join(ROOT, "assets", "tokenizer.json")):
+        with open(path, "rb") as f:
             digest.update(f.read())
-    settings, options, _ = train.parse(["--method", method])
-    digest.update(json.dumps([settings, options], sort_keys=True).encode())
+    settings["out"] = None
+    settings["base"] = None
+    for part in (rows_of(task), code("model.py"), code(method_file), json.dumps([settings, options], sort_keys=True)):
+        digest.update(part.encode())
     return digest.hexdigest()[:16]
 
 
@@ -47,15 +69,16 @@ def read_rows():
         return []
     with open(ROWS) as f:
         rows = [json.loads(line) for line in f]
-    now = {method: fingerprint(method) for method in {row["method"] for row in rows}}
-    return [row for row in rows if row["fingerprint"] == now[row["method"]]]
+    return [row for row in rows if row["fingerprint"] == fingerprint(row["method"], row["task"])]
 
 
-def run(method, task, seed, *more):
-    """One training run in a folder of its own, on one thread; returns its row."""
-    mark = fingerprint(method)
+def run(method, task, seed, deadline):
+    """One training run in a folder of its own, on one thread; returns its row, None if it is too late to start."""
+    if time.monotonic() > deadline:
+        return None
+    mark = fingerprint(method, task)
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "train.py", "--method", method, "--task", task, "--seed", str(seed), *more]
+        command = [sys.executable, "train.py", *METHODS[method], "--task", task, "--seed", str(seed)]
         extra = ["--out", os.path.join(out, "run"), "--threads", "1", "--device", "cpu", "--no-figures"]
         result = subprocess.run(command + extra, cwd=ROOT, capture_output=True, text=True)
         if result.returncode:
@@ -65,61 +88,110 @@ def run(method, task, seed, *more):
     return {"method": method, "task": task, "seed": seed, "fingerprint": mark, **last}
 
 
-def table(rows, seeds):
+def scores(rows, method, task, metric=None):
+    """The runs' metric, in points of 100."""
+    metric = metric or data.TASKS[task].metrics[0]
+    return [100 * row[metric] for row in rows if (row["method"], row["task"]) == (method, task) and row["seed"] in SEEDS]
+
+
+def cell(values):
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(rows):
     """The markdown table: mean and standard deviation of each task's first metric, in points of 100."""
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
-    methods = [method for method in train.METHODS if any(row["method"] == method for row in rows)]
     heads = [f"{task} ({data.TASKS[task].metrics[0]})" for task in tasks]
-    lines = ["| method | trained | " + " | ".join(heads) + " | seconds |", "|---|--:|" + "--:|" * (len(tasks) + 1)]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(tasks)]
     for method in methods:
-        mine = [row for row in rows if row["method"] == method]
-        cells = [f"{max(row['trained'] for row in mine):,}"]
-        for task in tasks:
-            scores = [100 * row[data.TASKS[task].metrics[0]] for row in mine if row["task"] == task and row["seed"] in seeds]
-            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            cells.append(f"{statistics.mean(scores):.1f}{spread}" if scores else "")
-        cells.append(f"{statistics.mean(row['seconds'] for row in mine if row['seed'] in seeds):.0f}")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append(f"| {method} | " + " | ".join(cell(scores(rows, method, task)) for task in tasks) + " |")
     return "\n".join(lines)
 
 
-def write(rows, seeds):
-    text = table(rows, seeds)
+def costs(rows):
+    """Trained numbers, other metrics and seconds: what the README's table leaves out."""
+    lines = ["| task | method | trained | seconds | other metrics |", "|---|---|--:|--:|---|"]
+    for task in TASKS:
+        for method in METHODS:
+            mine = [row for row in rows if (row["method"], row["task"]) == (method, task)]
+            if mine:
+                others = [f"{metric} {cell(scores(rows, method, task, metric))}" for metric in data.TASKS[task].metrics[1:]]
+                trained, seconds = max(row["trained"] for row in mine), statistics.mean(row["seconds"] for row in mine)
+                lines.append(f"| {task} | {method} | {trained:,} | {seconds:.0f} | {', '.join(others)} |")
+    return "\n".join(lines)
+
+
+def verdicts(rows):
+    """What the tasks and bases were made to show, each with the tasks that miss it; those not run count as missed."""
+
+    def judge(text, holds, wanted):
+        missed = []
+        for task in TASKS:
+            found = {name: scores(rows, name, task) for name in ("head", "full", "lora-r1", "lora")}
+            if min(map(len, found.values())) < 3 or not holds(**{name.replace("-", "_"): s for name, s in found.items()}):
+                missed.append(task)
+        held = len(TASKS) - len(missed)
+        return f"- {text}: {held} of {len(TASKS)}, wanted {wanted}" + (f" (not: {', '.join(missed)})" if missed else "")
+
+    mean, sd = statistics.mean, statistics.stdev
+    worst = max((row["seconds"] for row in rows), default=0)
+    return "\n".join([
+        judge("full fine-tuning between 85 and 99", lambda full, **_: 85 <= mean(full) <= 99, 10),
+        judge("the head alone at least 15 points below full", lambda head, full, **_: mean(head) <= mean(full) - 15, 8),
+        judge("LoRA of rank 8 within 3 points of full", lambda full, lora, **_: mean(lora) >= mean(full) - 3, 7),
+        judge("LoRA of rank 1 below rank 8 by more than two standard deviations (the larger of the two)",
+              lambda lora_r1, lora, **_: mean(lora) - mean(lora_r1) > 2 * max(sd(lora), sd(lora_r1)), 3),
+        judge("standard deviation of full and of LoRA of rank 8 at most 2 points",
+              lambda full, lora, **_: max(sd(full), sd(lora)) <= 2, 8),
+        f"- the longest run took {worst:.0f} seconds on one thread, two runs at a time",
+    ])  # fmt: skip
+
+
+def write(rows):
     with open(os.path.join(ROOT, "bench", "table.md"), "w") as f:
-        f.write(f"`python bench/table.py`, seeds {' '.join(map(str, seeds))}: mean ± standard deviation of the development "
-                f"metric after the last epoch, in points of 100; seconds of one run on one thread.\n\n{text}\n")
+        f.write(f"`python bench/table.py`, seeds {' '.join(map(str, SEEDS))}: mean ± standard deviation of the development "
+                f"metric after the last epoch, in points of 100.\n\n{table(rows)}\n\n"
+                f"What the tasks and bases were made to show (targets for them, not for a method):\n\n{verdicts(rows)}\n\n"
+                f"Seconds of one run on one thread, with another run beside it.\n\n{costs(rows)}\n")  # fmt: skip
     path = os.path.join(ROOT, "README.md")
     with open(path) as f:
         readme = f.read()
     before, rest = readme.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     with open(path, "w") as f:
-        f.write(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+        f.write(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{after}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=train.METHODS, default=list(train.METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many minutes")
     args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
     rows = read_rows()
     done = {(row["method"], row["task"], row["seed"]) for row in rows}
     wanted = [(m, t, s) for s in args.seeds for t in args.tasks for m in args.methods]
-    wanted = [key for key in wanted if key not in done]
+    wanted = [(m, t, s) for m, t, s in wanted if (m, t, s) not in done and (m, data.TASKS[t].kind) != ("head", "lm")]
     print(f"{len(rows)} runs kept, {len(wanted)} to do")
     with ThreadPoolExecutor(args.jobs) as pool:
-        for future in as_completed([pool.submit(run, *key) for key in wanted]):
+        for future in as_completed([pool.submit(run, *key, deadline) for key in wanted]):
             row = future.result()
+            if row is None:
+                continue
             rows.append(row)
             with open(ROWS + ".tmp", "w") as f:  # after each run: an interruption loses nothing
                 f.writelines(json.dumps(r) + "\n" for r in rows)
             os.replace(ROWS + ".tmp", ROWS)
             metric = data.TASKS[row["task"]].metrics[0]
             print(f"{row['method']:12s} {row['task']:6s} seed {row['seed']}  {metric} {row[metric]:.4f}  {row['seconds']} s", flush=True)
-    write(rows, args.seeds)
-    print(table(rows, args.seeds))
+    write(rows)
+    print(table(rows), verdicts(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

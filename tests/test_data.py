@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import data
+import suite
 from data import TASKS, Example
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
@@ -293,7 +294,7 @@ def test_a_missing_file_or_an_unknown_task_is_one_error(tmp_path):
         (lambda: data.load("cola", tmp_path / "gone"), "gone: No such file or directory"),
         (lambda: data.load("squad", tmp_path / "gone.json"), "gone.json: No such file"),
         (lambda: data.load("nope"), "unknown task 'nope'; tasks: cola, sst2,"),
-        (lambda: data.load("rte"), "task rte needs --data DIR; generated are: cola, sst2, mlm, clm"),
+        (lambda: data.load("wnli"), "task wnli needs --data DIR; generated are: cola, sst2, mrpc, qqp, stsb"),
         (lambda: data.load("mlm", tmp_path), "generated text, it reads no files"),
         (lambda: data.load_custom(tmp_path, ["a"], "b"), "Is a directory"),
         (
@@ -966,7 +967,22 @@ def test_next_token_labels_are_aligned_with_the_logits(tokenizer):
     assert row["input_ids"][15] == tokenizer.sep_id and row["input_ids"][-1] != tokenizer.sep_id
 
 
-def test_masking_takes_15_percent_of_each_row_and_never_a_special_token(tokenizer):
+def test_salient_words_are_masked_alone_in_their_share_of_the_rows(tokenizer):
+    texts = ("the cat sees two big apples", "so the apples are seen by the cat")
+    examples = [Example(str(i), texts, (("so", 0),)) for i in range(2000)]
+    rows = data.features(TASKS["mlm"], examples, tokenizer, 64)
+    salient = torch.tensor(rows[0]["salient"])
+    assert tokenizer.decode(torch.tensor(rows[0]["input_ids"])[salient]) == "so"
+    alone = 0
+    for batch in data.batches(rows, TASKS["mlm"], 50, 0, 7):
+        chosen = batch["labels"] != data.IGNORED
+        alone += int((chosen == salient).all(1).sum())
+    print(alone / 2000)
+    assert abs(alone / 2000 - data.SALIENT) < 0.045  # four standard deviations
+    assert not any(data.features(TASKS["mlm"], [Example("0", texts)], tokenizer, 64)[0]["salient"])
+
+
+def test_masking_takes_30_percent_of_each_row_and_never_a_special_token(tokenizer):
     rng = random.Random(3)
     examples = [
         Example(str(i), ("the cat sees two big apples " * rng.randrange(1, 6),) * (1 + i % 2))
@@ -982,7 +998,7 @@ def test_masking_takes_15_percent_of_each_row_and_never_a_special_token(tokenize
             chosen = [t for t, label in enumerate(labels) if label != -100]
             special = [t for t, token in enumerate(ids) if token < 4]
             words = n - len(special)
-            assert len(chosen) == (max(1, round(0.15 * words)) if words else 0)
+            assert len(chosen) == (max(1, round(0.3 * words)) if words else 0)
             assert not set(chosen) & set(special)
             assert [labels[t] for t in chosen] == [ids[t] for t in chosen]
             assert [x for t, x in enumerate(new[:n]) if t not in chosen] == [
@@ -1233,20 +1249,20 @@ def test_score_gives_the_tasks_metrics_headline_first_and_refuses_what_it_cannot
 
 
 @pytest.fixture
-def world(monkeypatch):
-    """A stand-in for world.py."""
+def generated(monkeypatch):
+    """A stand-in for suite.py."""
 
     def examples(task, split, seed):
         return [((f"{task} {split} {seed} {i}",), i % 3 % 2) for i in range(7)]
 
     def text(kind, n, seed):
-        return ((f"{kind} {seed} {i} the cat",) for i in range(n))
+        return (((f"{kind} {seed} {i} the cat",), None) for i in range(n))
 
-    monkeypatch.setitem(sys.modules, "world", types.SimpleNamespace(examples=examples, text=text))
+    monkeypatch.setitem(sys.modules, "suite", types.SimpleNamespace(examples=examples, text=text))
     monkeypatch.setattr(data, "TEXT_ROWS", {"train": 30, "dev": 5, "test": 5})
 
 
-def test_generated_examples_come_from_the_world(world):
+def test_generated_examples_come_from_the_suite(generated):
     assert data.load("cola", split="dev", seed=4)[2] == Example("2", ("cola dev 4 2",), 0)
     seeds = {
         data.load("mlm", split=split, seed=seed)[0].text[0] for split in data.SPLITS for seed in range(4)
@@ -1254,7 +1270,16 @@ def test_generated_examples_come_from_the_world(world):
     assert len(seeds) == 12 and len(data.load("clm")) == 30
 
 
-def test_command_shows_counts_and_writes_what_reads_back(world, tmp_path, capsys):
+@pytest.mark.parametrize("name", [name for name in data.GENERATED if name not in data.TEXT_TASKS])
+def test_every_generated_task_is_written_in_its_layout_and_reads_back_identically(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "SPLITS", {"train": 60, "dev": 30, "test": 30})
+    for split in data.SPLITS:
+        examples = data.load(name, split=split)
+        data.write_split(TASKS[name], examples, tmp_path, split)
+        assert len(examples) >= 30 and data.load(name, tmp_path, split) == examples
+
+
+def test_command_shows_counts_and_writes_what_reads_back(generated, tmp_path, capsys):
     data.main(["--task", "sst2", "--show", "1", "--write", str(tmp_path / "new")])
     out = capsys.readouterr().out
     assert "sst2 train: 7 rows, negative 5, positive 2\n  [0] negative\n      sst2 train 0 0\n" in out
@@ -1270,7 +1295,7 @@ def test_command_shows_counts_and_writes_what_reads_back(world, tmp_path, capsys
     "arguments",
     [
         ["--task", "nope"],
-        ["--task", "rte"],
+        ["--task", "wnli"],
         ["--data", "gone"],
         ["--unknown"],
         ["--split", "x"],
@@ -1278,7 +1303,7 @@ def test_command_shows_counts_and_writes_what_reads_back(world, tmp_path, capsys
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
-    world, tmp_path, monkeypatch, capsys, arguments
+    generated, tmp_path, monkeypatch, capsys, arguments
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:

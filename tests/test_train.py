@@ -164,7 +164,7 @@ def test_every_option_of_every_method_is_a_flag_with_its_help():
         (["--task", "colla"], "argument --task: invalid choice: 'colla' (choose from"),
         (["--metod", "lora"], "unrecognized arguments: --metod lora"),
         (["--method", "lora", "--delta", "3"], "--delta is no option of lora (of: triadapt)"),
-        (["--task", "mrpc"], "task mrpc needs --data DIR (generated are: cola, sst2"),
+        (["--task", "wnli"], "task wnli needs --data DIR (generated are: cola, sst2"),
         (["--epochs", "0"], "0 is not a positive whole number"),
         (["--lr", "nan"], "nan is not a finite number from 0"),
         (["--warmup", "1.5"], "--warmup 1.5 is not below 1"),
