@@ -36,8 +36,8 @@ import checkpoint
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "dev", "test")
 MNLI_SPLITS = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
-GENERATED = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "squad", "math", "mlm", "clm")  # by suite.py
-TEXT_TASKS = ("mlm", "clm")  # text for pretraining
+GENERATED = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "squad", "math", "lesson", "mlm", "clm")
+TEXT_TASKS = ("lesson", "mlm", "clm")  # text for pretraining
 TEXT_ROWS = {"train": 300_000, "dev": 1_000, "test": 1_000}
 IGNORED = -100  # a label that the loss leaves out
 MASKED = 0.2  # share of a text's tokens that are predicted
@@ -106,6 +106,7 @@ TASKS = [
     _glue("wnli", _RTE, ["sentence1", "sentence2", "label"], ("0", "1")),
     Task("squad", "span", metrics=("f1", "em"), pair=True),
     Task("math", "lm", metrics=("em",)),
+    Task("lesson", "mlm", metrics=("loss",)),
     Task("mlm", "mlm", metrics=("loss",)),
     Task("clm", "lm", metrics=("loss",)),
 ]  # fmt: skip

@@ -109,15 +109,22 @@ class Transformer(nn.Module):
         self.apply(self.init)
 
     def init(self, module):
-        """GPT-2's initial values: normal of deviation 0.02, biases zero."""
+        """GPT-2's initial values, normal of deviation 0.02 and biases zero, but that attention begins by comparing and
+        copying (mimetic initialization, Trockman & Kolter 2023, arXiv 2305.09828): where the key matrix is the query
+        matrix, equal tokens attend to each other; where the output matrix is the value matrix transposed, they hand on
+        what they are. Finding in one sentence the words of another is learned in a fraction of the steps."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
         if isinstance(module, Block):  # after its children
             # 2 * depth branches are summed: divided so, the sum keeps the variance of one.
-            for proj in (module.o_proj, module.down_proj):
-                nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.depth))
+            shrink = 1 / math.sqrt(2 * self.config.depth)
+            nn.init.normal_(module.down_proj.weight, std=0.02 * shrink)
+            nn.init.normal_(module.q_proj.weight, std=1 / math.sqrt(2 * self.config.width))
+            with torch.no_grad():
+                module.k_proj.weight.copy_(module.q_proj.weight)
+                module.o_proj.weight.copy_(module.v_proj.weight.T * shrink)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, positions=None):
         """Logits from ids (B, T) int64; attention_mask (B, T) is 1 at tokens and 0 at padding.

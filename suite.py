@@ -33,7 +33,7 @@ from world import (
     DETERMINERS, FRAMES, GOODS, HYPERNYM, INTRANSITIVE, NAMES, NEAR, NOUNS, PARTS, PLACES, POLAR,
     REMARKS, ROLES, SEXES, STRICT, SYNONYM, TENSES, TRAITS, TRANSITIVE, VERBS, VERDICTS, Dice, Thing,
     akin, clause, details, different, event, frame_of, general, modifier, negate, noun_form,
-    noun_phrase, nouns_of, opposite, other_noun, other_word, paraphrase, premise, question, rearranged,
+    noun_phrase, nouns_of, on_things, opposite, other_noun, other_word, paraphrase, premise, question, rearranged,
     scene, sentence, synonyms, takes_plural, thing, verb_group, written,
 )  # fmt: skip
 
@@ -418,6 +418,38 @@ def same(dice):
     return first, second, f"[{dice.pick(AGAIN[label == 1])}] , {{}}"
 
 
+def corrected(dice):
+    """Two sentences, and which word of the second is wrong if the first is right."""
+    return what_is_wrong(dice, scene(dice))
+
+
+def lesson(dice):
+    """The same of the shortest sentences: what an encoder is taught first, to compare word for word."""
+    e = scene(dice, dice.pick([frame for frame in FRAMES if frame != "give"]), detail=0)
+    return what_is_wrong(dice, on_things(e, lambda t: t._replace(adjective="")))
+
+
+def what_is_wrong(dice, e):
+    e = synonyms(dice, e._replace(negated=dice.chance(0.3)))
+    other, wrong = altered(dice, e), dice.chance(0.75)
+    word = odd(e, other) if wrong else "nothing"
+    return paraphrase(dice, other if wrong else e), rearranged(dice, e), f"{{}} what is wrong ? [{word}] ."
+
+
+def odd(e, other):
+    """The word of an event that says what another does not: a noun, an adjective, a verb, "not", "when", ..."""
+    for role in ROLES:
+        a, b = getattr(e, role), getattr(other, role)
+        if a and a.noun != b.noun:
+            return noun_form(a.noun, a.plural)
+        if a and a.adjective != b.adjective:
+            return a.adjective
+    for name in ("trait", "verb", "manner", "place", "time"):
+        if getattr(e, name) != getattr(other, name):
+            return getattr(e, name)
+    return "when" if e.tense != other.tense else "not"
+
+
 def answered(dice):
     """A question and what answers it, in either order, and the answer."""
     e = scene(dice, detail=0.5)._replace(negated=False)
@@ -459,7 +491,8 @@ def counted(dice):
 
 # What is named more than once is drawn more often.
 PAIRS = {
-    "mlm": [follows] * 3 + [same] * 3 + [answered] * 3 + [taught] * 2 + [judged] * 2 + [compared],
+    "lesson": [lesson],
+    "mlm": [corrected] * 4 + [follows] * 3 + [same] * 2 + [answered] * 3 + [taught] * 2 + [judged] * 2 + [compared],
     "clm": [counted] * 3 + [same, follows, answered],
 }
 
@@ -476,7 +509,7 @@ def text(kind, n, seed=0):
         raise ValueError(f"unknown kind of text '{kind}': known are {', '.join(PAIRS)}")
     dice = Dice(f"{kind} {seed}")
     while n > 0:
-        first, second, how = dice.pick(PAIRS[kind])(dice) if dice.chance(0.8) else (single(dice), "", "")
+        first, second, how = dice.pick(PAIRS[kind])(dice) if kind == "lesson" or dice.chance(0.8) else (single(dice), "", "")
         if first != second and all(split_of(said) == "train" for said in (first, second) if said):
             yield ((first,), None) if not how else brackets(first, how.format(second))
             n -= 1

@@ -430,12 +430,13 @@ def nouns_of(e):
     return [getattr(e, role).noun for role in ROLES if getattr(e, role)]
 
 
-def scene(dice, frame="", detail=0.3):
+def scene(dice, frame="", detail=0.2):
     """An event with "the" at every noun, without pronouns and modifiers, and no noun said of two of its things.
 
-    Manner, place and time are there with the chance `detail` each.
+    It happens, happened or will happen. Manner, place and time are there with the chance `detail` each.
     """
-    e = on_things(event(dice, frame, nested=True), lambda t: t._replace(det=t.det and "the"))
+    tense = dice.rare(["present", "past", "future"])
+    e = on_things(event(dice, frame, tense, nested=True), lambda t: t._replace(det=t.det and "the"))
     nouns = nouns_of(e)
     if set(nouns) & set(PRONOUNS) or any(akin(a, b) for a, b in itertools.combinations(nouns, 2)):
         return scene(dice, frame, detail)
@@ -483,7 +484,7 @@ def rearranged(dice, e):
         e = converse(e)
     elif e.recipient and dice.chance(0.4):
         how["shift"] = True
-    elif e.patient and dice.chance(0.5):
+    elif e.patient and dice.chance(0.3):
         how["passive"] = True
     return sentence(e, **how)
 
