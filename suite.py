@@ -430,6 +430,7 @@ def lesson(dice):
 
 
 def what_is_wrong(dice, e):
+    """Of these two, the first says something else in three of four."""
     e = synonyms(dice, e._replace(negated=dice.chance(0.3)))
     other, wrong = altered(dice, e), dice.chance(0.75)
     word = odd(e, other) if wrong else "nothing"
@@ -498,9 +499,11 @@ PAIRS = {
 
 
 def text(kind, n, seed=0):
-    """Yield n ((string,), None) or ((string, string), (words, start)) to pretrain an encoder ("mlm") or decoder ("clm").
+    """Yield n ((string,), None) or ((string, string), (words, start)) to pretrain an encoder ("lesson", then "mlm") or
+    a decoder ("clm").
 
-    Three of four are pairs; (words, start) is what in the second string depends on both: a connective, an answer.
+    A lesson has pairs alone, the others three of four; (words, start) is what in the second string depends on both:
+    a connective, an answer, the word that is wrong.
 
     None of the sentences is the first text of an example in a dev or test split, whatever the seeds. (A second
     sentence behind a connective, "so ...", counts without it.)
@@ -509,7 +512,8 @@ def text(kind, n, seed=0):
         raise ValueError(f"unknown kind of text '{kind}': known are {', '.join(PAIRS)}")
     dice = Dice(f"{kind} {seed}")
     while n > 0:
-        first, second, how = dice.pick(PAIRS[kind])(dice) if kind == "lesson" or dice.chance(0.8) else (single(dice), "", "")
+        pair = kind == "lesson" or dice.chance(0.8)
+        first, second, how = dice.pick(PAIRS[kind])(dice) if pair else (single(dice), "", "")
         if first != second and all(split_of(said) == "train" for said in (first, second) if said):
             yield ((first,), None) if not how else brackets(first, how.format(second))
             n -= 1

@@ -258,14 +258,17 @@ def test_default_targets_are_the_six_matrices_of_each_block_and_the_head_is_apar
         assert head_modules(model) == ([] if kind == "lm" else ["head"])
 
 
-def test_initial_values_are_gpt2s():
+def test_initial_values_are_gpt2s_with_attention_that_compares_and_copies():
     torch.manual_seed(0)
     model = Transformer(Config(2000, depth=6), "classification", 400)
     assert model.embed.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
     for block in model.blocks:
-        for name in ("q_proj", "k_proj", "v_proj", "up_proj"):
+        for name in ("v_proj", "up_proj"):
             assert getattr(block, name).weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert block.q_proj.weight.std().item() == pytest.approx(1 / 16, rel=0.05)  # 1 / sqrt(2 * 128)
+        assert torch.equal(block.k_proj.weight, block.q_proj.weight)
+        assert torch.equal(block.o_proj.weight, block.v_proj.weight.T / math.sqrt(12))
         for name in ("o_proj", "down_proj"):
             assert getattr(block, name).weight.std().item() == pytest.approx(0.02 / math.sqrt(12), rel=0.05)
     for name, p in model.named_parameters():
