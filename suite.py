@@ -127,8 +127,10 @@ VIOLATIONS = [agreement, reflexives, arguments, auxiliaries, determiners, times,
 
 
 def cola(dice):
-    """An acceptable sentence (1, two of three) or one that breaks a rule (0)."""
+    """An acceptable sentence (1, two of three) or one that breaks a rule (0), of ten words at most."""
     right, wrong = dice.pick(VIOLATIONS)(dice)
+    if max(len(said.split()) for said in (right, wrong)) > 10:
+        return cola(dice)
     return ((right,), 1) if dice.chance(0.67) else ((wrong,), 0)
 
 

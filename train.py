@@ -44,21 +44,25 @@ ASSETS = os.path.join(HERE, "assets")
 # method: (module, what it is, learning rate, weight decay). The adapters' rates were chosen on seed 100, which
 # no table uses (bench/rates.md); the decays are the papers' where a paper names one.
 METHODS = {
-    "triadapt": ("triadapt", "TriAdaptLoRA: B (L+U) A, ranks grow under a budget", 4e-3, 0.0),
-    "tlora": ("tlora", "TLoRA: alpha C B A, only B and the scale alpha trained", 5e-3, 0.01),
-    "tlora_plus": ("tlora_plus", "TLoRA+: C B A, each matrix with its own learning rate", 1e-3, 0.1),
+    "triadapt": ("triadapt", "TriAdaptLoRA: B (L+U) A, ranks grow under a budget", 8e-3, 0.0),
+    "tlora": ("tlora", "TLoRA: alpha C B A, only B and the scale alpha trained", 1e-2, 0.01),
+    "tlora_plus": ("tlora_plus", "TLoRA+: C B A, each matrix with its own learning rate", 2e-3, 0.1),
     "task_tlora": ("task_tlora", "Task-aware TLoRA: A from the data, frozen; ranks by sensitivity", 2e-3, 0.0),
-    "lora": ("baselines.lora", "LoRA, the yardstick", 2e-3, 0.0),
+    "lora": ("baselines.lora", "LoRA, the yardstick", 4e-3, 0.0),
     "full": ("baselines.full", "full fine-tuning", 5e-4, 0.01),
-    "bitfit": ("baselines.bitfit", "biases only", 5e-3, 0.0),
+    "bitfit": ("baselines.bitfit", "biases only", 1e-2, 0.0),
     "head": ("baselines.head", "the task head only", 1e-2, 0.0),
 }
 
 # Passes over the rows of a generated task, where not EPOCHS: chosen with LoRA alone, on seed 100 (bench/rates.md).
-EPOCHS, TASK_EPOCHS = 6, {"math": 4}
+EPOCHS = 6
+TASK_EPOCHS = {"sst2": 3, "mrpc": 1, "qqp": 1, "stsb": 1, "mnli": 2, "qnli": 1, "rte": 2, "squad": 2, "math": 3}
 
-# Method options whose natural default is a setting of the run.
-FROM_RUN = {"t0": lambda settings: settings["warmup_steps"]}
+# Method options whose natural default is a share of the run: in words, and as a function of (warm-up steps, all steps).
+FROM_RUN = {
+    "t0": ("the warm-up steps", lambda warmup, total: warmup),
+    "interval": ("a fifteenth of the steps", lambda warmup, total: max(1, total // 15)),
+}
 
 MAX_NEW = 96  # tokens of a generated answer, at least
 
@@ -152,8 +156,8 @@ def build_parser():
 
     g = p.add_argument_group("training")
     # The papers run 3 to 50 epochs on GLUE's tasks; those of the generated ones take less than a minute here.
-    few = ", ".join(f"{n} for generated {task}" for task, n in TASK_EPOCHS.items())
-    g.add_argument("--epochs", type=count, help=f"passes over the training rows (default {EPOCHS}{few and '; ' + few})")
+    few = ", ".join(f"{task} {n}" for task, n in TASK_EPOCHS.items())
+    g.add_argument("--epochs", type=count, help=f"passes over the training rows (default {EPOCHS}; generated {few})")
     g.add_argument("--max-steps", type=count, help="stop after this many optimizer steps, if that is sooner")
     g.add_argument("--batch-size", type=count, default=32, help="rows per batch (default 32, as three of the papers)")
     g.add_argument("--accumulate", type=count, default=1, help="batches per optimizer step (default 1)")
@@ -201,7 +205,7 @@ def add_option(group, option, owners):
     """One flag for a method's option, or for several methods' that share the name."""
     kind = next(iter(owners.values()))[0]
     texts = {name: facts[2] for name, facts in owners.items()}
-    defaults = {name: "the warm-up steps" if option in FROM_RUN else facts[1] for name, facts in owners.items()}
+    defaults = {name: FROM_RUN[option][0] if option in FROM_RUN else facts[1] for name, facts in owners.items()}
     text = in_words(texts, "; ") + f" (default {in_words(defaults, ', ')})"
     flag = "--" + option.replace("_", "-")
     if kind is bool:
@@ -403,7 +407,7 @@ def predict(model, task, features, examples, tokenizer, settings, device, autoca
     max_new = max(MAX_NEW, settings["max_length"] // 2)  # as long as an answer may be in training
     answers, probabilities = [None] * len(features), [None] * len(features)
     loss, labelled = 0.0, 0
-    size = settings["batch_size"] * (1 if task.kind == "lm" else 8)  # logits over a vocabulary are large
+    size = settings["batch_size"] * (4 if generates else 1 if task.kind == "lm" else 8)  # logits over a vocabulary are large
     batches = list(data.batches(features, task, size, tokenizer.pad_id))
     for batch in tqdm(batches, desc="evaluating", leave=False, disable=None):
         rows = batch.pop("index").tolist()
@@ -413,8 +417,10 @@ def predict(model, task, features, examples, tokenizer, settings, device, autoca
                 n = int((batch["labels"] != data.IGNORED).sum()) if task.kind in ("lm", "mlm") else len(rows)
                 loss, labelled = loss + n * forward(model, batch, task.kind).item(), labelled + n
             if generates:
-                prompts = [features[i]["input_ids"][: features[i]["prompt"]] for i in rows]
-                found = [tokenizer.decode(ids) for ids in greedy(model, batch, prompts, max_new, tokenizer.sep_id)]
+                texts, ends = [features[i]["input_ids"] for i in rows], [features[i]["prompt"] for i in rows]
+                prompts, labels = [ids[:n] for ids, n in zip(texts, ends)], [ids[n:] for ids, n in zip(texts, ends)]
+                found = modelling.generate(model, prompts, max_new, tokenizer.sep_id, drafts=labels)  # none known: no drafts
+                found = [tokenizer.decode(ids) for ids in found]
             elif task.kind in ("lm", "mlm"):
                 continue
             else:
@@ -432,26 +438,6 @@ def predict(model, task, features, examples, tokenizer, settings, device, autoca
                 probabilities[i] = (p[first, 0] * p[last, 1]).item()
     model.train(was_training)
     return {"answers": answers, "probabilities": probabilities, "loss": loss / labelled if labelled else None}
-
-
-def greedy(model, batch, prompts, max_new, stop_id):
-    """What `model.generate` gives for the prompts, sooner where the batch has labels.
-
-    The labels are a draft (Leviathan et al. 2023, arXiv 2211.17192): one forward gives the greedy choice behind each
-    of its beginnings, and up to the first that differs from the draft, that one included, they are what is generated.
-    """
-    drafts = [[] for _ in prompts]
-    if "labels" in batch:
-        where = batch["labels"] != data.IGNORED  # (B, T)
-        best = modelling.logits(model, batch, where).argmax(-1).split(where.sum(1).tolist())  # B tensors
-        for i, (choice, row) in enumerate(zip(best, where)):
-            agree = (choice == batch["labels"][i, row]).long().cumprod(0).sum().item()
-            drafts[i] = choice[: agree + 1].tolist()
-    going = [i for i, draft in enumerate(drafts) if draft[-1:] != [stop_id]]
-    rest = modelling.generate(model, [prompts[i] + drafts[i] for i in going], max_new, stop_id)
-    for i, ids in zip(going, rest):
-        drafts[i] = drafts[i] + ids
-    return [ids[:-1] if ids[-1:] == [stop_id] else ids for ids in (draft[:max_new] for draft in drafts)]
 
 
 def evaluate(model, task, features, examples, *rest):
@@ -525,9 +511,9 @@ def run(settings, options, given, command):
     total = min(settings["epochs"] * per_epoch, settings["max_steps"] or math.inf)
     every = settings["eval_every"] or per_epoch
     settings["warmup_steps"] = round(settings["warmup"] * total)
-    for option, value in FROM_RUN.items():
+    for option, (_, share) in FROM_RUN.items():
         if option in options and option not in given:
-            options[option] = value(settings)
+            options[option] = share(settings["warmup_steps"], total)
     print(f"base    {words}, {sum(p.numel() for p in model.parameters()):,} numbers")
     print(f"task    {task.name} from {settings['data'] or 'the generated world'}: {len(train):,} training rows, "
           f"{len(dev):,} for development, {task.kind}" + (f" ({', '.join(task.labels)})" if task.labels else ""))

@@ -414,6 +414,34 @@ def test_generate_stops_at_the_stop_id_and_leaves_it_out():
     assert generate(model, [], max_new=3, stop_id=stop) == []
 
 
+def test_drafts_change_nothing_that_is_generated_and_save_forwards_where_they_are_right():
+    torch.manual_seed(2)
+    model = Transformer(Config(40, width=16, depth=2, heads=2, hidden=64, causal=True)).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=2.0)  # so that the choice depends on the text
+    prompts = [torch.randint(40, (n,)).tolist() for n in (3, 5, 4, 6, 3, 7)]
+    stop = generate(model, prompts, 8, -1)[0][4]
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def generated(drafts=None):
+        forwards.clear()
+        return generate(model, prompts, 8, stop, drafts), len(forwards)
+
+    plain, steps = generated()
+    assert len(set(map(tuple, plain))) == 6 and min(map(len, plain)) < max(map(len, plain)) == steps == 8
+    right = [ids + [stop] * (len(ids) < 8) for ids in plain]
+    one_wrong = [ids[: k % len(ids)] + [39] + ids[k % len(ids) + 1 :] for k, ids in enumerate(right)]
+    for drafts, needed in [
+        (right, 1), (one_wrong, 2), ([ids[:-3] for ids in right], 3), ([ids + [1, 2] for ids in right], 1),
+        ([[39, 39, 39]] * 6, 8), ([[]] * 6, 8), ([right[0], *[[]] * 5], 8),
+    ]:  # fmt: skip
+        kept = [list(draft) for draft in drafts]
+        assert generated(drafts) == (plain, needed)
+        assert drafts == kept
+
+
 # ------------------------------------------------------------------------------- on disk
 
 

@@ -38,9 +38,9 @@ def digest(rows):
 # ------------------------------------------------------------------------------ the same everywhere
 
 PINNED = {  # sha256 of the first 100 rows
-    "cola train": "d026d834f2d08601",
-    "cola dev": "11cba0e44545ef74",
-    "cola test": "7155e724d9e43a8c",
+    "cola train": "ef559221ffb4862a",
+    "cola dev": "5b581dd6cb8f99ea",
+    "cola test": "2f561d297fbe2b60",
     "sst2 train": "6637beaebf96592b",
     "sst2 dev": "d33ffa882506a5f4",
     "sst2 test": "49f795ca3f1441b7",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import tlora
 from baselines import lora
-from tlora import TLoRALinear, cosine_similarity, inject, merge, param_groups, watch
+from tlora import TLoRALinear, cosine_similarity, dropout, inject, merge, param_groups, watch
 
 
 def moved(layer, seed=1):
@@ -136,6 +136,22 @@ def test_dropout_zeroes_entries_of_the_updates_output_and_scales_the_rest():
     # Entry by entry: on the output, not on the input or on the r numbers between.
     assert torch.allclose(dropped[~zero], 4 * update[~zero], rtol=1e-9, atol=1e-12)
     assert 0.5 < zero.double().mean(0).min() and zero.double().mean(0).max() < 1.0
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.999])
+def test_dropout_on_the_cpu_is_unbiased_and_its_gradient_the_same_mask(p):
+    torch.manual_seed(0)
+    steps = min(round(256 * p), 255)  # of 1/256: the probability that it has, and makes up for
+    h = torch.ones(501, 803, dtype=torch.float64, requires_grad=True)  # no multiple of eight entries
+    out = dropout(h, p)
+    out.sum().backward()
+    error = abs((out == 0).double().mean().item() - steps / 256)
+    sd = math.sqrt(steps / 256 * (1 - steps / 256) / h.numel())
+    print("share of zeros off by", error, "standard deviation", sd)
+    assert error < 4 * sd
+    assert set(out.unique().tolist()) == {0.0, 256 / (256 - steps)} and torch.equal(h.grad, out.detach())
+    halves = (out[:, ::2] == 0).double().mean() - (out[:, 1::2] == 0).double().mean()
+    assert abs(halves) < 8 * sd  # neighbours, which come from one draw, are dropped as often
 
 
 def test_alpha_of_a_bfloat16_layer_is_float32_and_moves_by_small_steps():
