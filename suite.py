@@ -16,7 +16,7 @@ mrpc    do two sentences mean the same, or does one thing differ?
 qqp     do two questions ask the same?
 stsb    in how many of five things do two events agree: who, did what, to whom, where, when?
 mnli    does the second sentence contradict the first, follow from it, or neither?
-qnli    does the sentence answer the question?
+qnli    does one of the sentences answer the question?
 rte     does the third sentence follow from the first two?
 squad   which words of three sentences answer the question, if any do?
 math    a word problem of one or two steps; the answer is written out
@@ -246,10 +246,14 @@ def qqp(dice):
 
 
 def qnli(dice):
-    """A question and a sentence that answers it (0) or not (1)."""
+    """A question and two sentences, one of which answers it (0), or none (1)."""
     e, label = scene(dice, detail=0.5)._replace(negated=False), dice.pick([0, 1])
+    other = unlike(dice, [e])._replace(negated=False)
+    said = " ".join(dice.two([paraphrase(dice, e), paraphrase(dice, other)]))
     asked, role = unanswered(dice, e) if label else answerable(dice, e)
-    return (question(dice, asked, role), paraphrase(dice, e)), label
+    if other.verb in (asked.verb, SYNONYM.get(asked.verb)):
+        return qnli(dice)
+    return (question(dice, asked, role), said), label
 
 
 def answerable(dice, e):

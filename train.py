@@ -56,7 +56,7 @@ METHODS = {
 
 # Passes over the rows of a generated task, where not EPOCHS: chosen with LoRA alone, on seed 100 (bench/rates.md).
 EPOCHS = 6
-TASK_EPOCHS = {"sst2": 3, "mrpc": 1, "qqp": 1, "stsb": 1, "mnli": 2, "qnli": 1, "rte": 2, "squad": 2, "math": 3}
+TASK_EPOCHS = {"sst2": 3, "mrpc": 1, "qqp": 1, "stsb": 1, "mnli": 2, "qnli": 2, "rte": 2, "squad": 2, "math": 3}
 
 # Method options whose natural default is a share of the run: in words, and as a function of (warm-up steps, all steps).
 FROM_RUN = {

@@ -320,6 +320,22 @@ def test_total_rank_stays_within_the_budget_at_every_evaluation(csv, tmp_path):
     assert ranks[-1] == 3 * 6 and max(ranks) <= 18  # six matrices in the one block
 
 
+def test_growth_is_spread_over_the_run_unless_said_otherwise(csv, tmp_path):
+    for flags, interval, t0 in (([], None, None), (["--interval", "7", "--t0", "2"], 7, 2)):
+        out = tmp_path / f"run{interval}"
+        code, rows = go(csv, out, "--method", "triadapt", "--epochs", "20", "--warmup", "0.1", *flags)
+        total, options = rows[-1]["step"], checkpoint.read_config(out)["options"]
+        assert code == 0 and total >= 30
+        assert (options["interval"], options["t0"]) == (interval or total // 15, t0 or round(0.1 * total))
+
+
+def test_epochs_are_those_of_the_generated_task_unless_said_otherwise():
+    assert [train.parse(argv.split())[0]["epochs"] for argv in (
+        "--task rte", "--task cola", "--task rte --epochs 4", "--task rte --data some/folder",
+    )] == [train.TASK_EPOCHS["rte"], train.EPOCHS, 4, train.EPOCHS]  # fmt: skip
+    assert train.TASK_EPOCHS["rte"] != train.EPOCHS and set(train.TASK_EPOCHS) < set(data.GENERATED)
+
+
 def test_compare_gives_the_cosine_of_each_layers_update(csv, tmp_path, capsys):
     assert go(csv, tmp_path / "lora", "--method", "lora")[0] == 0
     assert go(csv, tmp_path / "tlora", "--method", "tlora", "--compare", tmp_path / "lora")[0] == 0
