@@ -404,11 +404,10 @@ def predict(model, task, features, examples, tokenizer, settings, device, autoca
     was_training = model.training
     model.eval()
     generates = task.kind == "lm" and "prompt" in features[0]
-    # As long as an answer may be in training; where answers are known, no longer than two of the longest.
+    # As long as an answer may be in training, or as the longest that is known: a longer one is wrong.
     max_new = max(MAX_NEW, settings["max_length"] // 2)
     if generates:
-        known = max(len(row["input_ids"]) - row["prompt"] for row in features)
-        max_new = min(max_new, 2 * known or max_new)
+        max_new = max(len(row["input_ids"]) - row["prompt"] for row in features) or max_new
     answers, probabilities = [None] * len(features), [None] * len(features)
     loss, labelled = 0.0, 0
     size = settings["batch_size"] * (4 if generates else 1 if task.kind == "lm" else 8)  # logits over a vocabulary are large
