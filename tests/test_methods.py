@@ -47,8 +47,10 @@ class Case:
             self.targets, self.head = SIX, "head"
             self.inputs = torch.randint(40, (6, 7))
             with torch.no_grad():  # initial values of deviation 0.02 hardly show an update
-                for p in self.model.parameters():
+                for name, p in self.model.named_parameters():
                     p.mul_(5)
+                    if name.endswith(("q_proj.weight", "k_proj.weight")):
+                        p.normal_(std=0.1)  # theirs are larger: five times those, and attention is of 0 and 1
         self.model.to(dtype)
         self.labels = torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -268,7 +268,7 @@ def test_initial_values_are_gpt2s_with_attention_that_compares_and_copies():
             assert getattr(block, name).weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert block.q_proj.weight.std().item() == pytest.approx(1 / 16, rel=0.05)  # 1 / sqrt(2 * 128)
         assert torch.equal(block.k_proj.weight, block.q_proj.weight)
-        assert torch.equal(block.o_proj.weight, block.v_proj.weight.T / math.sqrt(12))
+        torch.testing.assert_close(block.o_proj.weight, block.v_proj.weight.T / math.sqrt(12), rtol=1e-6, atol=0.0)
         for name in ("o_proj", "down_proj"):
             assert getattr(block, name).weight.std().item() == pytest.approx(0.02 / math.sqrt(12), rel=0.05)
     for name, p in model.named_parameters():
