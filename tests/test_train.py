@@ -382,8 +382,11 @@ def test_a_base_saved_from_an_adapter_run_has_the_update_folded_in(csv, tmp_path
     layer = model.blocks[0].q_proj
     P, Q = layer.factors()
     loaded = train.modelling.load_base(base, "lm")
-    error = (loaded.blocks[0].q_proj.weight - (layer.base.weight + P @ Q)).abs().max().item()
-    assert (P @ Q).abs().max() > 1e-3 and error < 1e-4  # float16 on disk
+    merged = layer.base.weight + P @ Q
+    error = (loaded.blocks[0].q_proj.weight - merged).abs().max().item()
+    bound = 2**-11 * merged.abs().max().item()  # float16 on disk
+    print("error", error, "bound", bound)
+    assert error <= bound < (P @ Q).abs().max() / 10
 
 
 def test_a_run_belongs_to_its_base(csv, tmp_path, capsys):
