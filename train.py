@@ -64,7 +64,7 @@ FROM_RUN = {
     "interval": ("a fifteenth of the steps", lambda warmup, total: max(1, total // 15)),
 }
 
-MAX_NEW = 96  # tokens of a generated answer, at least
+MAX_NEW = 32  # tokens that a generated answer may have, at least
 
 # The only numbers that differ between two runs of one command.
 TIMES = ("seconds", "tokens_per_s")
@@ -404,13 +404,9 @@ def predict(model, task, features, examples, tokenizer, settings, device, autoca
     was_training = model.training
     model.eval()
     generates = task.kind == "lm" and "prompt" in features[0]
-    # As long as an answer may be in training, or as the longest that is known: a longer one is wrong.
-    max_new = max(MAX_NEW, settings["max_length"] // 2)
-    if generates:
-        max_new = max(len(row["input_ids"]) - row["prompt"] for row in features) or max_new
     answers, probabilities = [None] * len(features), [None] * len(features)
     loss, labelled = 0.0, 0
-    size = settings["batch_size"] * (4 if generates else 1 if task.kind == "lm" else 8)  # logits over a vocabulary are large
+    size = settings["batch_size"] * (1 if task.kind == "lm" else 8)  # logits over a vocabulary are large
     batches = list(data.batches(features, task, size, tokenizer.pad_id))
     for batch in tqdm(batches, desc="evaluating", leave=False, disable=None):
         rows = batch.pop("index").tolist()
@@ -422,7 +418,7 @@ def predict(model, task, features, examples, tokenizer, settings, device, autoca
             if generates:
                 texts, ends = [features[i]["input_ids"] for i in rows], [features[i]["prompt"] for i in rows]
                 prompts, labels = [ids[:n] for ids, n in zip(texts, ends)], [ids[n:] for ids, n in zip(texts, ends)]
-                found = modelling.generate(model, prompts, max_new, tokenizer.sep_id, drafts=labels)  # none known: no drafts
+                found = modelling.generate(model, prompts, settings["max_new"], tokenizer.sep_id, drafts=labels)
                 found = [tokenizer.decode(ids) for ids in found]
             elif task.kind in ("lm", "mlm"):
                 continue
@@ -514,6 +510,8 @@ def run(settings, options, given, command):
     total = min(settings["epochs"] * per_epoch, settings["max_steps"] or math.inf)
     every = settings["eval_every"] or per_epoch
     settings["warmup_steps"] = round(settings["warmup"] * total)
+    longest = max((len(row["input_ids"]) - row["prompt"] for row in train_features if "prompt" in row), default=0)
+    settings["max_new"] = max(MAX_NEW, min(longest, settings["max_length"] // 2))  # as in training, whatever dev's labels are
     for option, (_, share) in FROM_RUN.items():
         if option in options and option not in given:
             options[option] = share(settings["warmup_steps"], total)

@@ -97,7 +97,7 @@ def read(text):
     e["patient"] = behind["subject"] if passive else behind.get("object", "")
     e["recipient"] = behind.get("to", "")
     if "from" in behind:
-        e["verb"] = same_word({back: there for back, there in BACK.items()}[lemma])
+        e["verb"] = same_word(BACK[lemma])
         e["agent"], e["recipient"] = behind["from"], e["agent"]
     if asked in ("where", "when"):
         e["place" if asked == "where" else "time"] = "?"

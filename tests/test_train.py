@@ -1,5 +1,6 @@
 """The loop and the command line: exact schedules, runs that repeat and resume to the bit, one-line errors."""
 
+import dataclasses
 import json
 import math
 import os
@@ -91,6 +92,26 @@ def test_a_language_models_loss_is_the_same_from_the_labelled_places_alone():
     whole = torch.nn.functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
     assert (batch["labels"] == -100).any()
     assert abs((train.forward(model, batch, "lm") - whole).item()) < 1e-6
+
+
+def test_the_labels_of_the_rows_change_no_generated_answer():
+    torch.manual_seed(1)
+    tokenizer = data.Tokenizer(os.path.join(train.ASSETS, "tokenizer.json"))
+    task, rows = data.TASKS["math"], data.load("math", split="dev")[:6]
+    model = Transformer(Config(tokenizer.vocab_size, 16, 1, 2, 16, causal=True))
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=2.0)  # so that the choice depends on the text
+    settings = {"batch_size": 4, "max_length": 128, "max_new": 40, "precision": "float32"}
+    device = torch.device("cpu")
+
+    def answers(rows):
+        features = data.features(task, rows, tokenizer, 128)
+        return train.predict(model, task, features, rows, tokenizer, settings, device, train.autocast_of(settings, device))["answers"]
+
+    known = answers(rows)
+    assert len(set(known)) > 1 and max(map(len, known)) > max(len(row.label) for row in rows)
+    assert known == answers([dataclasses.replace(row, label=None) for row in rows])
 
 
 def test_accumulated_batches_give_the_gradient_of_one_large_batch():
