@@ -64,8 +64,6 @@ FROM_RUN = {
     "interval": ("a fifteenth of the steps", lambda warmup, total: max(1, total // 15)),
 }
 
-MAX_NEW = 32  # tokens that a generated answer may have, at least
-
 # The only numbers that differ between two runs of one command.
 TIMES = ("seconds", "tokens_per_s")
 
@@ -510,8 +508,9 @@ def run(settings, options, given, command):
     total = min(settings["epochs"] * per_epoch, settings["max_steps"] or math.inf)
     every = settings["eval_every"] or per_epoch
     settings["warmup_steps"] = round(settings["warmup"] * total)
-    longest = max((len(row["input_ids"]) - row["prompt"] for row in train_features if "prompt" in row), default=0)
-    settings["max_new"] = max(MAX_NEW, min(longest, settings["max_length"] // 2))  # as in training, whatever dev's labels are
+    answers = [len(row["input_ids"]) - row["prompt"] for row in train_features if "prompt" in row]
+    if answers:  # a generated answer is no longer than the longest of training, whatever the labels of dev are
+        settings["max_new"] = min(max(answers), settings["max_length"] // 2)
     for option, (_, share) in FROM_RUN.items():
         if option in options and option not in given:
             options[option] = share(settings["warmup_steps"], total)
