@@ -50,7 +50,7 @@ METHODS = {
     "task_tlora": ("task_tlora", "Task-aware TLoRA: A from the data, frozen; ranks by sensitivity", 2e-3, 0.0),
     "lora": ("baselines.lora", "LoRA, the yardstick", 4e-3, 0.0),
     "full": ("baselines.full", "full fine-tuning", 5e-4, 0.01),
-    "bitfit": ("baselines.bitfit", "biases only", 1e-2, 0.0),
+    "bitfit": ("baselines.bitfit", "biases only", 4e-2, 0.0),
     "head": ("baselines.head", "the task head only", 1e-2, 0.0),
 }
 
