@@ -14,7 +14,6 @@ import csv
 import json
 import sys
 
-import checkpoint
 import data
 import train
 

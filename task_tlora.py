@@ -81,7 +81,7 @@ class TaskTLoRALinear(nn.Module):
     def forward(self, x):
         h = F.dropout(x, self.dropout, self.training)  # (..., n)
         h = F.linear(h, self.A)  # (..., r)
-        # Scaling B costs m*r numbers, scaling the output would cost m for every token.
+        # Eq. 1. Scaling B costs m*r numbers, scaling the output would cost m for every token.
         return self.base(x) + F.linear(h, self.scaling * self.B)  # (..., m)
 
     # The scaling is a Python float: a buffer would be rounded by .to(torch.bfloat16). These two, which

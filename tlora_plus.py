@@ -59,7 +59,7 @@ class TLoRAPlusLinear(nn.Module):
     def forward(self, x):
         h = F.linear(x, self.A)  # (..., r2)
         h = F.linear(h, self.B)  # (..., r1)
-        return self.base(x) + F.linear(h, self.C)  # (..., m)
+        return self.base(x) + F.linear(h, self.C)  # Eq. 2: (..., m)
 
 
 # ------------------------------------------------------ the learning-rate ratios (Sec. 3.2)

@@ -41,8 +41,8 @@ from tlora import cosine_similarity
 HERE = os.path.dirname(os.path.abspath(__file__))
 ASSETS = os.path.join(HERE, "assets")
 
-# method: (module, what it is, learning rate, weight decay). The adapters' rates were chosen on seed 100, which
-# no table uses (bench/rates.md); the decays are the papers' where a paper names one.
+# method: (module, what it is, learning rate, weight decay). The rates were chosen on seeds that no table uses
+# (bench/rates.md); the decays are the papers' where a paper names one.
 METHODS = {
     "triadapt": ("triadapt", "TriAdaptLoRA: B (L+U) A, ranks grow under a budget", 8e-3, 0.0),
     "tlora": ("tlora", "TLoRA: alpha C B A, only B and the scale alpha trained", 1e-2, 0.01),

@@ -1,6 +1,5 @@
 """Tests run from anywhere: the repository root is where the modules are."""
 
-import functools
 import os
 import sys
 

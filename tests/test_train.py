@@ -11,7 +11,6 @@ import torch
 
 import checkpoint
 import data
-import model as modelling
 import train
 from model import Config, Transformer
 

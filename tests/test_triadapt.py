@@ -12,7 +12,6 @@ import triadapt
 from triadapt import (
     EPS,
     STD,
-    TriAdaptLinear,
     after_step,
     budget_left,
     choose_growth,
