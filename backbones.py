@@ -35,7 +35,7 @@ def load(name_or_dir, kind, labels=()):
     transformers.logging.set_verbosity_error()  # it reports new and unused weights: checked below
     transformers.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(name_or_dir)
+        config = transformers.AutoConfig.from_pretrained(name_or_dir, trust_remote_code=False)
         if kind == "lm" and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
             raise ValueError(f"{config.model_type} is an encoder: take a decoder")
         if kind == "classification":
@@ -45,12 +45,13 @@ def load(name_or_dir, kind, labels=()):
         elif kind == "regression":
             config.num_labels = 1
             config.problem_type = "regression"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_dir)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
         options = {
             "config": config,
             "dtype": torch.float32,  # by default the checkpoint's: in float16 small steps round to nothing
             "ignore_mismatched_sizes": True,  # a head for other classes
             "output_loading_info": True,
+            "trust_remote_code": False,  # else it asks on standard input whether to run the checkpoint's Python
         }
         model, report = getattr(transformers, CLASSES[kind]).from_pretrained(name_or_dir, **options)
         lacking = drawn(report)

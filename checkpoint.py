@@ -8,10 +8,13 @@ A run folder holds
     adapter.safetensors    what was trained and what the method drew at random, task head included
     state.pt               while training: all that --resume needs (tensors and numbers, loaded without pickle's code)
 
+and the figures. Nothing else in a folder is ever removed or replaced.
+
 Every file is written under a temporary name, flushed to disk, then renamed: a kill at any moment
 leaves the previous good file.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -20,6 +23,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+# What a run may leave, and beside these a PNG for each quantity that its method watches.
+FILES = {
+    "config.json", "metrics.jsonl", "layers.jsonl", "adapter.safetensors", "state.pt", "plan.json", "cosine.json",
+    "curves.png", "histograms.png", "eigenvalues.png", "spectrum.png",
+}  # fmt: skip
 
 
 def replace_file(path, write):
@@ -59,11 +68,41 @@ def read_config(run):
     path = os.path.join(run, "config.json")
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            config = json.load(f)
     except FileNotFoundError:
         raise ValueError(f"{run} is not a run folder: it has no config.json") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} line {e.lineno}: not JSON ({e.msg})") from None
+    if not isinstance(config, dict) or not {"settings", "options", "command"} <= config.keys():
+        raise ValueError(f"{run} is not a run folder: its config.json was not written by train.py")
+    return config
+
+
+def written(out):
+    """Names of the files in folder `out` that a run wrote there. ValueError if any is somebody else's.
+
+    A folder is a run's if its config.json is; what is in it beside the files of a run makes it unfit for another.
+    """
+    names = os.listdir(out) if os.path.isdir(out) else []
+    if set(names) <= {"config.json.tmp"}:  # new, or stopped before its first file was whole
+        return names
+    read_config(out)
+    figures = set()
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(out, "layers.jsonl"), encoding="utf-8") as f:
+        figures = {f"{quantity}.png" for line in f for quantity in json.loads(line)}  # a heat map each
+    foreign = [name for name in sorted(names) if name.removesuffix(".tmp") not in FILES | figures]
+    if foreign:
+        raise ValueError(f"{out} holds {foreign[0]}, which no run wrote: choose another --out, or move that away")
+    return names
+
+
+def clear(out, config):
+    """Make `out` the folder of a new run: its config.json, and none of the files of an earlier run."""
+    os.makedirs(out, exist_ok=True)
+    for name in written(out):
+        if name != "config.json":  # it marks the folder as a run's until the new one takes its place
+            os.remove(os.path.join(out, name))
+    write_json(os.path.join(out, "config.json"), config)
 
 
 def adapter_state(model, keep=()):

@@ -562,7 +562,9 @@ def run(settings, options, given, command):
           f"{settings['warmup_steps']} warm-up" + (f"; resumed after step {step}" if step else ""))
 
     if state is None:
-        open_folder(out, config, method, extra.get("plan"))
+        checkpoint.clear(out, config)
+        if "plan" in extra:
+            checkpoint.write_json(os.path.join(out, "plan.json"), method.describe(extra["plan"]))
     compiled = compile_model(model) if settings["compile"] else model
     stopped = f"stopped; {out} keeps the last evaluated state"
     tokens, clock = 0, time.perf_counter()
@@ -629,9 +631,14 @@ def versions():
 def look_into_folder(settings, config):
     """The state to resume from, or None to start anew; ValueError if that would lose something.
 
-    A finished run of the same settings is run again; another run is replaced only with --overwrite.
+    A finished run of the same settings is run again; another run is replaced only with --overwrite, and a
+    folder with anything else in it never.
     """
     out = settings["out"]
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"--out {out} is a file, not a folder")
+    if not settings["resume"]:
+        checkpoint.written(out)
     unfinished = os.path.exists(os.path.join(out, "state.pt"))
     if settings["resume"]:
         before, state = checkpoint.read_config(out), checkpoint.load_state(out)
@@ -649,17 +656,6 @@ def look_into_folder(settings, config):
         way = "give the flags it was started with" if settings["resume"] else "--overwrite replaces it, --out goes elsewhere"
         raise ValueError(f"{out} holds another run ({differ}): {way}")
     return state
-
-
-def open_folder(out, config, method, plan):
-    """Make the run folder; what an earlier run left there is out of date from here on."""
-    os.makedirs(out, exist_ok=True)
-    for name in os.listdir(out):
-        if name.endswith((".png", ".jsonl", ".safetensors", ".json", "state.pt")):
-            os.remove(os.path.join(out, name))
-    checkpoint.write_json(os.path.join(out, "config.json"), config)
-    if plan is not None:
-        checkpoint.write_json(os.path.join(out, "plan.json"), method.describe(plan))
 
 
 def differences(before, now):

@@ -1,5 +1,9 @@
 import copy
+import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -16,6 +20,7 @@ from backbones import delinearize, linearize, load, set_checkpointing  # noqa: E
 from baselines import lora  # noqa: E402
 from model import Config, Transformer, default_targets, generate, head_modules, logits  # noqa: E402
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOCAB = 40
 BERT = {
     "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -552,3 +557,27 @@ def test_unfit_tokenizers_are_refused(tmp_path):
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     assert "neither a padding nor an end-of-text token" in refused(tmp_path, "span")
+
+
+@pytest.mark.parametrize("where", ["config", "tokenizer"])
+def test_a_checkpoints_own_code_is_not_run_whatever_stands_on_standard_input(checkpoint, tmp_path, where):
+    """transformers would ask there whether to run it, and a "y" in a file of texts would say yes."""
+    folder, mark = tmp_path / "hostile", tmp_path / "mark"
+    shutil.copytree(checkpoint("bert"), folder)
+    (folder / "evil.py").write_text(
+        f"open({str(mark)!r}, 'w')\nfrom transformers import BertConfig, BertTokenizer\n"
+        "class C(BertConfig):\n    model_type = 'evil'\nclass T(BertTokenizer):\n    pass\n"
+    )
+    config = folder / ("config.json" if where == "config" else "tokenizer_config.json")
+    values = json.loads(config.read_text())
+    if where == "config":
+        values |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}
+    else:
+        values |= {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
+    config.write_text(json.dumps(values))
+    program = f"import sys; sys.path.insert(0, {ROOT!r})\nimport backbones\nbackbones.load({str(folder)!r}, 'classification', ('a', 'b'))"
+    result = subprocess.run([sys.executable, "-c", program], input="y\n" * 9, capture_output=True, text=True, timeout=120)
+    assert not mark.exists()
+    if where == "config":
+        assert "ValueError" in result.stderr and "trust_remote_code" in result.stderr
+    assert "[y/N]" not in result.stdout

@@ -319,6 +319,47 @@ def test_another_run_is_not_overwritten_by_accident(csv, tmp_path, capsys):
     assert "is not a run folder" in capsys.readouterr().err
 
 
+def test_a_folder_with_files_of_the_user_is_refused_and_untouched(csv, tmp_path, capsys):
+    """--out on somebody's folder lost every .json, .jsonl, .png and .safetensors in it."""
+    theirs = {"mine.jsonl": "1", "photo.png": "2", "package.json": "{}"}
+    checkpoint_like = {"config.json": '{"model_type": "bert"}', "model.safetensors": "3"}
+    for name, files, words in [
+        ("theirs", theirs, "is not a run folder: it has no config.json"),
+        ("unmarked", {"metrics.jsonl": "{}"}, "is not a run folder: it has no config.json"),
+        ("checkpoint", checkpoint_like, "is not a run folder: its config.json was not written by train.py"),
+        ("only", {"config.json": "[]"}, "is not a run folder: its config.json was not written by train.py"),
+    ]:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, text in files.items():
+            (folder / file).write_text(text)
+        for flags in ([], ["--overwrite"], ["--resume"]):
+            code, _ = go(csv, folder, *flags)
+            err = capsys.readouterr().err
+            assert code == 2 and words in err and err.count("\n") == 1, (name, flags, err)
+            assert {p.name: p.read_text() for p in folder.iterdir()} == files
+    (tmp_path / "file").write_text("text")
+    assert go(csv, tmp_path / "file", "--overwrite")[0] == 2 and "is a file, not a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_a_run_replaces_its_own_files_alone(csv, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert go(csv, out, "--method", "task_tlora")[0] == 0
+    (out / "notes.json").write_text("mine")
+    assert go(csv, out, "--method", "lora", "--overwrite")[0] == 2
+    assert f"{out} holds notes.json, which no run wrote" in capsys.readouterr().err
+    assert (out / "notes.json").read_text() == "mine" and (out / "plan.json").exists()
+    (out / "notes.json").unlink()
+    (out / "scaling.png").write_text("a heat map of what task_tlora watches")
+    assert go(csv, out, "--method", "lora", "--overwrite")[0] == 0
+    assert set(os.listdir(out)) == {"config.json", "metrics.jsonl", "layers.jsonl", "adapter.safetensors"}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json.tmp").write_text("stopped before the first file was whole")
+    assert go(csv, empty, "--method", "lora")[0] == 0 and "config.json.tmp" not in os.listdir(empty)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(csv, tmp_path, capsys, monkeypatch):
     loss_of, calls = train.loss_of, []
 
