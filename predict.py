@@ -14,8 +14,13 @@ import csv
 import json
 import sys
 
+import torch
+
 import data
-import train
+from harness import metrics
+from harness.run import Run
+from harness.settings import Parser
+from reading import files
 
 
 def read(task, source):
@@ -23,11 +28,11 @@ def read(task, source):
     if source != "-":
         return data.load(task, source, "test")
     examples = []
-    for i, text in enumerate(data.split_lines("<stdin>", data.decode("<stdin>", sys.stdin.buffer.read())), 1):
+    for i, text in enumerate(files.split_lines("<stdin>", files.decode("<stdin>", sys.stdin.buffer.read())), 1):
         parts = tuple(text.split("\t"))
         if len(parts) != 1 + task.pair:
             wanted = "two texts with a tab between them" if task.pair else "one text without a tab"
-            raise data.bad("<stdin>", i, f"{len(parts)} texts, expected {wanted}")
+            raise files.bad("<stdin>", i, f"{len(parts)} texts, expected {wanted}")
         examples.append(data.Example(str(i - 1), parts))
     return examples
 
@@ -44,7 +49,7 @@ def rows_of(task, examples, answers, probabilities):
 
 
 def main(argv=None):
-    parser = train.Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder")
     parser.add_argument("file", help="a file, or - for standard input")
     parser.add_argument("--format", choices=("tsv", "jsonl"), default="tsv")
@@ -52,18 +57,16 @@ def main(argv=None):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = parser.parse_args(argv)
     try:
-        model, tokenizer, task, settings = train.restore(args.run)
-        if settings["threads"]:
-            train.torch.set_num_threads(settings["threads"])
+        run = Run.open(args.run, args.device)
+        if run.settings.threads:
+            torch.set_num_threads(run.settings.threads)
+        task = run.task
         if args.submission and not task.header:
             raise ValueError(f"GLUE takes no submission for task {task.name}")
         examples = read(task, args.file)
-        device, _ = train.choose_device(args.device)
-        autocast = train.autocast_of(settings, device)
-        features = data.features(task, examples, tokenizer, settings["max_length"])
-        found = train.predict(model.to(device), task, features, examples, tokenizer, settings, device, autocast)
+        found = run.predict(examples)
         if args.submission:
-            data.write_submission(task, found["answers"], args.submission)
+            files.write_submission(task, found["answers"], args.submission)
         elif args.format == "jsonl":
             for row in rows_of(task, examples, found["answers"], found["probabilities"]):
                 print(json.dumps(row, ensure_ascii=False))
@@ -75,7 +78,7 @@ def main(argv=None):
                     writer.writeheader()
                 writer.writerow(row)
         if all(example.label is not None for example in examples):
-            scores = data.score(task, examples, found["answers"])
+            scores = metrics.score(task, examples, found["answers"])
             print(", ".join(f"{name} {value:.6f}" for name, value in scores.items()), file=sys.stderr)
     except (ValueError, OSError) as e:
         print(f"predict.py: error: {e}", file=sys.stderr)

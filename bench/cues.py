@@ -17,6 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import data  # noqa: E402
+from harness import metrics  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -25,7 +26,7 @@ def target(task, example):
     """What the regression predicts of an example."""
     if task.kind == "span":
         return int(bool(example.label))
-    return data.final_number(example.label) if task.kind == "lm" else example.label
+    return metrics.final_number(example.label) if task.kind == "lm" else example.label
 
 
 def words(example, texts):
@@ -65,13 +66,13 @@ def reach(task, texts):
     if task.kind == "regression":
         for penalty in (1.0, 10.0, 100.0):
             w = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ torch.tensor(y))
-            best = max(best, data.pearson(y_dev, (x_dev @ w).tolist()))
+            best = max(best, metrics.pearson(y_dev, (x_dev @ w).tolist()))
         return 100 * best
     known = sorted(set(y))
     for penalty in (1e-2, 1e-3, 1e-4):
         w = fit(x, torch.tensor([known.index(label) for label in y]), len(known), penalty)
         guess = [known[i] for i in (x_dev @ w).argmax(1)]
-        metric = data.METRICS["classification"][task.metrics[0]] if task.kind == "classification" else data.accuracy
+        metric = metrics.METRICS["classification"][task.metrics[0]] if task.kind == "classification" else metrics.accuracy
         best = max(best, metric(y_dev, guess))
     return 100 * best
 
@@ -88,7 +89,7 @@ def main():
     lines = ["| task | metric | constant answer | bag of words | second text alone |", "|---|---|--:|--:|--:|"]
     for name in data.GENERATED:
         task = data.TASKS[name]
-        if name in data.TEXT_TASKS:
+        if task.pretraining:
             continue
         metric = {"squad": "has an answer", "math": "accuracy"}.get(name, task.metrics[0])
         both = reach(task, (0, 1) if task.pair else (0,))

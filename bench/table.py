@@ -27,11 +27,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import data  # noqa: E402
-import train  # noqa: E402
+from harness.methods import METHODS as ALL  # noqa: E402
+from harness.run import base_of  # noqa: E402
+from harness.settings import parse  # noqa: E402
 
 ROWS = os.path.join(ROOT, "bench", "table.jsonl")
-TASKS = [name for name in data.GENERATED if name not in data.TEXT_TASKS]
-METHODS = {name: ["--method", name] for name in train.METHODS}
+TASKS = [name for name in data.GENERATED if not data.TASKS[name].pretraining]
+METHODS = {name: ["--method", name] for name in ALL}
 METHODS["lora-r1"] = ["--method", "lora", "--rank", "1"]  # is rank 8 of use?
 SEEDS = [0, 1, 2]
 MINUTE = 60  # seconds that a run may take on two cores
@@ -52,15 +54,14 @@ def rows_of(task):
 @functools.cache
 def fingerprint(method, task):
     """What a number depends on: base, tokenizer, the task's rows, model, the method's file, all settings and options."""
-    settings, options, _ = train.parse([*METHODS[method], "--task", task])
-    method_file = train.METHODS[settings["method"]][0].replace(".", "/") + ".py"
+    settings = parse([*METHODS[method], "--task", task])
+    method_file = ALL[settings.method][0].replace(".", "/") + ".py"
     digest = hashlib.sha256()
-    for path in (train.base_of(settings), os.path.join(ROOT, "assets", "tokenizer.json")):
+    for path in (base_of(settings), os.path.join(ROOT, "assets", "tokenizer.json")):
         with open(path, "rb") as f:
             digest.update(f.read())
-    settings["out"] = None
-    settings["base"] = None
-    for part in (rows_of(task), code("model.py"), code(method_file), json.dumps([settings, options], sort_keys=True)):
+    asked = {key: value for key, value in vars(settings).items() if key not in ("out", "base")}
+    for part in (rows_of(task), code("model.py"), code(method_file), json.dumps(asked, sort_keys=True)):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
 

@@ -3,9 +3,11 @@
 import os
 import sys
 
+import pytest
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import suite  # noqa: E402
+from generated import suite  # noqa: E402
 
 examples, made = suite.examples, {}
 
@@ -19,3 +21,15 @@ def once(task, split, seed=0):
 
 
 suite.examples = once
+
+
+@pytest.fixture
+def csv(tmp_path):
+    """A table of our own: 60 short sentences of two classes that one word tells apart."""
+    words = ["river", "stone", "cloud", "tree", "house"]
+    rows = ["text,label"]
+    for i in range(60):
+        rows.append(f"a {words[i % 5]} is {'warm' if i % 2 else 'cold'} and {words[i // 5 % 5]},{'yes' if i % 2 else 'no'}")
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return str(path)

@@ -5,7 +5,7 @@ It shares the words of world.py, and none of its ways to make a sentence or a me
 
 import re
 
-import world
+from generated import world
 
 PLACES = "|".join(world.PLACES)
 TIMES = "|".join({time for _, _, times in world.TENSES.values() for time in times})

@@ -16,8 +16,8 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 
-from backbones import delinearize, linearize, load, set_checkpointing  # noqa: E402
 from baselines import lora  # noqa: E402
+from harness.backbones import delinearize, linearize, load, set_checkpointing  # noqa: E402
 from model import Config, Transformer, default_targets, generate, head_modules, logits  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -575,7 +575,7 @@ def test_a_checkpoints_own_code_is_not_run_whatever_stands_on_standard_input(che
     else:
         values |= {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
     config.write_text(json.dumps(values))
-    program = f"import sys; sys.path.insert(0, {ROOT!r})\nimport backbones\nbackbones.load({str(folder)!r}, 'classification', ('a', 'b'))"
+    program = f"import sys; sys.path.insert(0, {ROOT!r})\nfrom harness import backbones\nbackbones.load({str(folder)!r}, 'classification', ('a', 'b'))"
     result = subprocess.run([sys.executable, "-c", program], input="y\n" * 9, capture_output=True, text=True, timeout=120)
     assert not mark.exists()
     if where == "config":

@@ -1,6 +1,5 @@
 """What is exported gives our logits in PEFT and in plain transformers."""
 
-import importlib
 import json
 
 import pytest
@@ -12,9 +11,12 @@ peft = pytest.importorskip("peft")
 
 from test_backbones import build_model, build_tokenizer  # noqa: E402
 
-import backbones  # noqa: E402
+import data  # noqa: E402
 import export  # noqa: E402
 import train  # noqa: E402
+from harness import backbones, exports  # noqa: E402
+from harness.run import Run  # noqa: E402
+from harness.settings import Settings  # noqa: E402
 from model import default_targets, head_modules, logits  # noqa: E402
 
 METHODS = ["lora", "triadapt", "tlora", "tlora_plus", "task_tlora"]
@@ -41,14 +43,15 @@ def batch():
 
 
 def trained(folder, name, kind="classification"):
-    """A model under a method after four steps, and the run's config."""
+    """A run of a method after four steps."""
     torch.manual_seed(0)
     model, tokenizer = backbones.load(folder, kind, LABELS)
-    method, targets = importlib.import_module(train.METHODS[name][0]), default_targets(model)
-    data, labels = batch(), torch.tensor([0, 1, 2, 0, 1])
+    run = Run(Settings(method=name, backbone=folder), data.Task("custom", kind, LABELS), model, data.Tokenizer(tokenizer), folder)
+    method, targets = run.method, default_targets(model)
+    inputs, labels = batch(), torch.tensor([0, 1, 2, 0, 1])
 
     def loss(m, rows=slice(None)):
-        rows = {k: v[rows] for k, v in data.items()}
+        rows = {k: v[rows] for k, v in inputs.items()}
         y = logits(m, rows)
         return F.cross_entropy(y, labels[: len(y)]) if kind == "classification" else y.square().mean()
 
@@ -56,8 +59,8 @@ def trained(folder, name, kind="classification"):
     if name == "task_tlora":
         plan = method.calibrate(model, targets, [slice(0, 1), slice(1, 2)], loss, rank=2)
         options["plan"] = plan
-    names = method.inject(model, targets, **options)
-    heads = train.train_head(model, False)
+    run.layers = method.inject(model, targets, **options)
+    run.train_head()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for step in range(1, 5):
         optimizer.zero_grad()
@@ -65,8 +68,8 @@ def trained(folder, name, kind="classification"):
         optimizer.step()
         if name == "triadapt":  # ranks of several sizes
             method.after_step(model, optimizer, 100 + 100 * step, 1000)
-    settings = {"backbone": folder, "method": name, "freeze_head": False}
-    return model.eval(), method, tokenizer, {"layers": names, "settings": settings, "task": {"kind": kind}, "heads": heads}
+    model.eval()
+    return run
 
 
 def plain(folder, kind="classification"):
@@ -82,10 +85,11 @@ def plain(folder, kind="classification"):
 def test_peft_and_plain_transformers_give_our_logits(folders, tmp_path, family, name):
     if family in ("deberta-v3", "bert") and name not in ("lora", "triadapt"):
         name = "lora"  # two methods are enough for these two
-    model, method, tokenizer, config = trained(folders[family], name)
+    run = trained(folders[family], name)
+    model = run.model
     with torch.no_grad():
         ours = logits(model, batch())
-        export.export_peft(model, config, tmp_path / "peft")
+        exports.export_peft(run, tmp_path / "peft")
         base = plain(folders[family])
         base.config.pad_token_id = model.config.pad_token_id
         untouched = logits(base, batch())
@@ -93,7 +97,7 @@ def test_peft_and_plain_transformers_give_our_logits(folders, tmp_path, family, 
         in_peft = logits(theirs.base_model.model, batch())
         merged = logits(theirs.merge_and_unload(), batch())
         assert (ours - untouched).abs().max() > 0.05
-        export.export_merged(model, method, tokenizer, tmp_path / "merged")
+        exports.export_merged(run, tmp_path / "merged")
         our_merged = logits(model, batch()) if family != "gpt2" else ours
         loaded = plain(tmp_path / "merged")
         from_disk = logits(loaded, batch())
@@ -113,33 +117,29 @@ def test_peft_and_plain_transformers_give_our_logits(folders, tmp_path, family, 
 def test_a_causal_language_model_goes_out_with_its_embedding_tied(folders, tmp_path):
     torch.manual_seed(0)
     model, tokenizer = backbones.load(folders["llama"], "lm")
-    method = importlib.import_module("baselines.lora")
-    names = method.inject(model, default_targets(model), rank=2)
+    run = Run(Settings(method="lora", backbone=folders["llama"]), data.TASKS["math"], model, data.Tokenizer(tokenizer), "")
+    run.layers = run.method.inject(model, default_targets(model), rank=2)
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2)
-    config = {
-        "layers": names, "task": {"kind": "lm"},
-        "settings": {"backbone": folders["llama"], "method": "lora", "freeze_head": False},
-    }  # fmt: skip
     with torch.no_grad():
         ours = logits(model.eval(), batch())
-        export.export_peft(model, config, tmp_path / "peft")
+        exports.export_peft(run, tmp_path / "peft")
         base = plain(folders["llama"], "lm")
         assert (logits(base, batch()) - ours).abs().max() > 0.05
         theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
         assert (logits(theirs.base_model.model, batch()) - ours).abs().max() < BOUND
-        export.export_merged(model, method, tokenizer, tmp_path / "merged")
+        exports.export_merged(run, tmp_path / "merged")
         loaded = plain(tmp_path / "merged", "lm")
         assert (logits(loaded, batch()) - ours).abs().max() < BOUND
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
 
 
 def test_a_method_without_factors_goes_out_merged_only(folders, tmp_path):
-    model, method, tokenizer, config = trained(folders["roberta"], "lora")
-    config = {**config, "layers": [], "settings": {**config["settings"], "method": "full"}}
+    run = trained(folders["roberta"], "lora")
+    run.layers, run.settings.method = [], "full"
     with pytest.raises(ValueError, match="method full has no low-rank update"):
-        export.export_peft(model, config, tmp_path / "peft")
+        exports.export_peft(run, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 
 
@@ -164,7 +164,7 @@ def test_from_the_command_line_while_training_and_afterwards(folders, csv, tmp_p
         model = peft.PeftModel.from_pretrained(base, tmp_path / name).eval()
         with torch.no_grad():
             a = logits(model.base_model.model, batch())
-            b = logits(train.restore(str(tmp_path / "run"))[0], batch())
+            b = logits(Run.open(str(tmp_path / "run")).model, batch())
         assert (a - b).abs().max() < BOUND
     for name in ("b", "d"):
         loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / name).eval()

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from harness import folder
 from model import Config, Transformer
 
 # method: the parameters each of its layers trains
@@ -181,7 +181,7 @@ def test_adapters_have_the_layers_dtype_and_train(method, dtype):
 @methods
 def test_saved_and_loaded_under_another_seed_gives_the_same_output_to_the_bit(kind, method, tmp_path):
     case, module = trained_case(kind, method)
-    state = checkpoint.adapter_state(case.model)
+    state = folder.adapter_state(case.model)
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "adapter.safetensors")
     expected = case.model(case.inputs)
 
@@ -191,7 +191,7 @@ def test_saved_and_loaded_under_another_seed_gives_the_same_output_to_the_bit(ki
     fresh.model.get_submodule(fresh.head).requires_grad_(True)
     fresh.model.eval()
     assert not torch.equal(fresh.model(fresh.inputs), expected)
-    checkpoint.load_adapter_state(fresh.model, load_file(tmp_path / "adapter.safetensors"))
+    folder.load_adapter_state(fresh.model, load_file(tmp_path / "adapter.safetensors"))
     assert torch.equal(fresh.model(fresh.inputs), expected)
     base = {name for name in Case(kind).model.state_dict() if not name.startswith(case.head)}
     assert not base & set(state), "the frozen base is not in the file"

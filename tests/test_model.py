@@ -9,7 +9,15 @@ from safetensors.torch import save_file
 
 import model as model_file
 from model import (
-    Config, Transformer, default_targets, generate, head_modules, load_base, logits, rope_tables, rotate,
+    Config,
+    Transformer,
+    default_targets,
+    generate,
+    head_modules,
+    load_base,
+    logits,
+    rope_tables,
+    rotate,
     save_base,
 )
 

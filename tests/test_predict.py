@@ -10,6 +10,8 @@ import pytest
 import data
 import predict
 import train
+from harness import metrics
+from harness.run import Run
 
 TINY = "--scratch --width 16 --depth 1 --heads 2 --hidden 16 --threads 1 --device cpu --no-figures --epochs 4".split()
 
@@ -57,12 +59,10 @@ def test_the_runs_development_metric_is_reproduced_exactly(runs, capsys, run, fi
     screen = capsys.readouterr()
     config = json.loads((runs / run / "config.json").read_text())
     expected = metrics_of(runs / run)
-    model, tokenizer, task, settings = train.restore(str(runs / run))
-    examples = data.load(task, runs / file, "test")
-    features = data.features(task, examples, tokenizer, settings["max_length"])
-    cpu = train.torch.device("cpu")
-    found = train.predict(model, task, features, examples, tokenizer, settings, cpu, train.autocast_of(settings, cpu))
-    for name, value in data.score(task, examples, found["answers"]).items():
+    again = Run.open(str(runs / run))
+    examples = data.load(again.task, runs / file, "test")
+    found = again.predict(examples)
+    for name, value in metrics.score(again.task, examples, found["answers"]).items():
         assert value == expected[name]
         assert f"{name} {value:.6f}" in screen.err
     assert found["loss"] == expected["dev_loss"]

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 
-import train
+from harness.settings import parse
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "bench"))
@@ -30,14 +30,14 @@ def test_every_train_command_has_flags_that_exist():
     commands = re.findall(r"^python train\.py (.*?)(?:\s+#.*)?$", README, re.M)
     assert len(commands) >= 6
     for command in commands:
-        train.parse(shlex.split(command))
+        parse(shlex.split(command))
 
 
 def test_every_file_named_is_there():
     names = set(re.findall(r"\b[\w/-]+\.(?:py|md)\b|docs/\w+\.png", README))
     assert len(names) > 15
     for name in names:
-        found = [os.path.join(ROOT, folder, name) for folder in ("", "bench", "docs")]
+        found = [os.path.join(ROOT, folder, name) for folder in ("", "bench", "docs", "generated", "reading")]
         assert any(map(os.path.exists, found)), name
 
 

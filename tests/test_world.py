@@ -3,10 +3,10 @@
 import re
 
 import pytest
-
-import world
 from meanings import antonym, entails, read, relation, same_word, says
-from world import Dice, Event, Thing, sentence
+
+from generated import world
+from generated.world import Dice, Event, Thing, sentence
 
 FARMERS = Event(
     "sell", Thing("farmer", plural=True), Thing("rose", adjective="red"),

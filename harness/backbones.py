@@ -67,27 +67,8 @@ def load(name_or_dir, kind, labels=()):
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"{name_or_dir}: {place}not a checkpoint for {kind}: {reason}") from error
 
-    # What the checkpoint lacks was drawn at random. That must be the head, or a layer beside the blocks that
-    # counts as head then: BERT's pooler, when the checkpoint is a masked language model. Anything else would
-    # be noise in the middle of the model.
-    heads, targets = head_modules(model), default_targets(model)
-    names = sorted({key.rpartition(".")[0] for key in lacking})
-    model.new_modules = [name for name in names if name.partition(".")[0] not in heads]
-    for name in model.new_modules:
-        if kind == "lm" or name in targets or not isinstance(model.get_submodule(name), nn.Linear):
-            raise ValueError(f"{name_or_dir}: not a checkpoint for {kind}: it lacks the weights of {name}")
-
-    # A checkpoint without tokenizer files gets an empty tokenizer from transformers, and no word.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(f"{name_or_dir}: holds no tokenizer")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ValueError(f"{name_or_dir}: its tokenizer knows {len(tokenizer)} tokens, its embedding fewer")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"{name_or_dir}: its tokenizer has neither a padding nor an end-of-text token")
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    model.config.pad_token_id = tokenizer.pad_token_id  # decoders find a row's last token by it
+    accept_drawn(model, lacking, name_or_dir, kind)
+    prepare(tokenizer, model, name_or_dir)
     linearize(model)
     return model, tokenizer
 
@@ -95,6 +76,33 @@ def load(name_or_dir, kind, labels=()):
 def drawn(report):
     """Names of what from_pretrained drew at random: not in the checkpoint, or of another shape there."""
     return set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
+
+
+def accept_drawn(model, names, place, kind):
+    """What the checkpoint lacks was drawn at random. That must be the head, or a layer beside the blocks that counts as
+    head then: BERT's pooler, when the checkpoint is a masked language model. Anything else would be noise in the
+    middle of the model: ValueError."""
+    heads, targets = head_modules(model), default_targets(model)
+    names = sorted({key.rpartition(".")[0] for key in names})
+    model.new_modules = [name for name in names if name.partition(".")[0] not in heads]
+    for name in model.new_modules:
+        if kind == "lm" or name in targets or not isinstance(model.get_submodule(name), nn.Linear):
+            raise ValueError(f"{place}: not a checkpoint for {kind}: it lacks the weights of {name}")
+
+
+def prepare(tokenizer, model, place):
+    """Padding on the right, with a token for it. ValueError if the tokenizer is empty or not the model's."""
+    # A checkpoint without tokenizer files gets an empty tokenizer from transformers, and no word.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"{place}: holds no tokenizer")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError(f"{place}: its tokenizer knows {len(tokenizer)} tokens, its embedding fewer")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"{place}: its tokenizer has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders find a row's last token by it
 
 
 def linearize(model):

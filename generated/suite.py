@@ -29,7 +29,7 @@ import operator
 import re
 import zlib
 
-from world import (
+from generated.world import (
     DETERMINERS, FRAMES, GOODS, HYPERNYM, INTRANSITIVE, NAMES, NEAR, NOUNS, PARTS, PLACES, POLAR,
     REMARKS, ROLES, SEXES, STRICT, SYNONYM, TENSES, TRAITS, TRANSITIVE, VERBS, VERDICTS, Dice, Thing,
     akin, clause, details, different, event, frame_of, general, modifier, negate, noun_form,

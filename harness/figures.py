@@ -1,7 +1,6 @@
 """The figures of a run: curves.png, a heat map per quantity a method watches, histograms, eigenvalues.
 
-matplotlib is imported when something is drawn. Every function takes plain numbers or a model, writes
-PNGs into the run folder and returns their file names.
+matplotlib is imported when something is drawn.
 """
 
 import json
@@ -33,16 +32,19 @@ def save(fig, out, name):
     fig.set_layout_engine("none")  # the layout is done; an engine would make savefig draw everything twice
     fig.savefig(os.path.join(out, name))
     pyplot().close(fig)
-    return name
 
 
-def draw(out, history, layers, headline):
-    """curves.png and a heat map for each quantity in `layers` (rows of {"step", quantity: {layer: value}})."""
-    names = [curves(out, history, headline)]
-    watched = [row for row in layers if "event" not in row]
+def draw(run, progress, compared=None):
+    """All figures of a run, into its folder. `compared` is (words, {layer: dW}) of another run, drawn along."""
+    out, last = run.settings.out, progress.history[-1]
+    curves(out, progress.history, next((name for name in run.task.metrics if name in last), None))
+    watched = [row for row in progress.layers if "event" not in row]
     for quantity in [key for key in watched[-1] if key != "step"]:
-        names.append(heat_map(out, quantity, [(row["step"], row[quantity]) for row in watched]))
-    return names
+        heat_map(out, quantity, [(row["step"], row[quantity]) for row in watched])
+    if run.layers:
+        draw_updates(out, run.model, run.layers, compared)
+    if os.path.exists(os.path.join(out, "plan.json")):
+        draw_plan(out)
 
 
 def curves(out, history, headline):
@@ -66,7 +68,7 @@ def curves(out, history, headline):
     if axes:
         axes[0].plot(steps, ranks, marker=".", color="tab:green")
         axes[0].set(xlabel="step", title="total rank", ylim=(0, None))
-    return save(fig, out, "curves.png")
+    save(fig, out, "curves.png")
 
 
 def heat_map(out, quantity, rows):
@@ -109,7 +111,7 @@ def heat_map(out, quantity, rows):
         ax.set_xticks(ticks, [rows[i][0] for i in ticks])
         ax.set(xlabel="step", title="over training")
         fig.colorbar(image, ax=ax)
-    return save(fig, out, f"{quantity}.png")
+    save(fig, out, f"{quantity}.png")
 
 
 @torch.no_grad()
@@ -138,7 +140,7 @@ def draw_updates(out, model, names, compared=None):
         ax.plot(grid, gauss, color="tab:red", lw=1, label="Gaussian,\nsame mean\nand std")
         ax.set(title=f"{key}  (std {values.std():.2g})", yticks=[])
     axes[0, 0].legend(frameon=False, fontsize=6, loc="upper right", handlelength=1)
-    made = [save(fig, out, "histograms.png")]
+    save(fig, out, "histograms.png")
 
     square = [name for name in names if len(set(model.get_submodule(name).base.weight.shape)) == 1]
     if sum(model.get_submodule(name).in_features for name in square) > 4096:  # eigenvalues cost n^3: six layers do
@@ -157,8 +159,7 @@ def draw_updates(out, model, names, compared=None):
             ax.hist(sizes.numpy(), bins=100, histtype="step", density=True, label=words)
         ax.set(xlabel="|eigenvalue|", ylabel="density", title=f"eigenvalues of {len(square)} square layers")
         ax.legend(frameon=False)
-        made.append(save(fig, out, "eigenvalues.png"))
-    return made
+        save(fig, out, "eigenvalues.png")
 
 
 def draw_plan(out):
@@ -175,4 +176,4 @@ def draw_plan(out):
     handles = dict(zip(*reversed(ax.get_legend_handles_labels())))  # one for each kind of matrix
     ax.legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
     ax.set(yscale="log", ylim=(1e-8, 2), xlabel="eigenvalue, by size", title="spectrum of C (each layer's largest = 1)")
-    return [save(fig, out, "spectrum.png")]
+    save(fig, out, "spectrum.png")

@@ -18,40 +18,20 @@ import contextlib
 import json
 import os
 import random
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from reading.files import replace_file, write_text
+
 # What a run may leave, and beside these a PNG for each quantity that its method watches.
 FILES = {
     "config.json", "metrics.jsonl", "layers.jsonl", "adapter.safetensors", "state.pt", "plan.json", "cosine.json",
     "curves.png", "histograms.png", "eigenvalues.png", "spectrum.png",
 }  # fmt: skip
-
-
-def replace_file(path, write):
-    """Call write(temporary path), flush it to disk and rename it to `path`."""
-    temporary = f"{path}.tmp"
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def write_text(path, text):
-    """Write one text file as a whole."""
-
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8", newline="\n") as f:
-            f.write(text)
-
-    replace_file(path, write)
 
 
 def write_json(path, value):
@@ -73,7 +53,7 @@ def read_config(run):
         raise ValueError(f"{run} is not a run folder: it has no config.json") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} line {e.lineno}: not JSON ({e.msg})") from None
-    if not isinstance(config, dict) or not {"settings", "options", "command"} <= config.keys():
+    if not isinstance(config, dict) or not {"settings", "layers", "command"} <= config.keys():
         raise ValueError(f"{run} is not a run folder: its config.json was not written by train.py")
     return config
 
@@ -94,6 +74,69 @@ def written(out):
     if foreign:
         raise ValueError(f"{out} holds {foreign[0]}, which no run wrote: choose another --out, or move that away")
     return names
+
+
+@dataclass
+class Progress:
+    """What a run has come to."""
+
+    step: int = 0  # optimizer steps done
+    history: list = field(default_factory=list)  # rows of metrics.jsonl
+    layers: list = field(default_factory=list)  # rows of layers.jsonl
+
+
+def save(run, progress, optimizer):
+    """All files of the run's folder, after an evaluation. The state comes last: what it needs is there."""
+    out = run.settings.out
+    info = {"method": run.settings.method, "options": run.settings.options, "layers": run.layers, "task": asdict(run.task)}
+    save_adapter(run.model, os.path.join(out, "adapter.safetensors"), info, run.keep)
+    write_lines(os.path.join(out, "metrics.jsonl"), progress.history)
+    write_lines(os.path.join(out, "layers.jsonl"), progress.layers)
+    state = {
+        **vars(progress), "names": run.layers, "adapter": adapter_state(run.model, run.keep),
+        "optimizer": optimizer.state_dict(), "rng": rng_state(),
+    }  # fmt: skip
+    save_state(out, state)
+
+
+def restore(state, optimizer):
+    """Put a saved state back into the optimizer and the random generators; returns the Progress."""
+    optimizer.load_state_dict(state["optimizer"])
+    set_rng_state(state["rng"])
+    return Progress(state["step"], state["history"], state["layers"])
+
+
+def state_to_resume(settings, config):
+    """The state to go on from, or None to start anew; ValueError if that would lose something.
+
+    A finished run of the same settings is run again; another run is replaced only with --overwrite, and a
+    folder with anything else in it never.
+    """
+    out = settings.out
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"--out {out} is a file, not a folder")
+    if settings.resume:
+        before, state = read_config(out), load_state(out)
+    elif settings.overwrite | ("config.json" not in written(out)):
+        return None
+    elif os.path.exists(os.path.join(out, "state.pt")):
+        raise ValueError(f"{out} holds a run that was stopped: --resume goes on, --overwrite starts anew")
+    else:
+        before, state = read_config(out), None
+    differ = differences(before, config)
+    if differ:
+        way = "give the flags it was started with" if settings.resume else "--overwrite replaces it, --out goes elsewhere"
+        raise ValueError(f"{out} holds another run ({differ}): {way}")
+    return state
+
+
+def differences(before, now):
+    """The first setting in which two runs' configs differ, in words; flags that change no result do not count."""
+    free = {"resume", "overwrite", "out", "no_figures", "compare", "save_base", "export_peft", "export_merged", "options"}
+    before, now = ({**c["settings"], **c["settings"]["options"], "base": c["base_sha256"]} for c in (before, now))
+    for key in sorted(set(before) | set(now)):
+        if key not in free and json.dumps(before.get(key)) != json.dumps(now.get(key)):
+            return f"{key} {before.get(key)}, now {now.get(key)}"
 
 
 def clear(out, config):

@@ -310,7 +310,7 @@ def verb_group(verb, tense, plural, passive=False, do=False, form=None):
     return [FORMS[word][form] for word, form in zip(chain, forms)]
 
 
-def clause(e, passive=False, ask="", shift=False, front=False, plural=None, form=None):
+def clause(e, *, passive=False, ask="", shift=False, front=False, plural=None, form=None):
     """The words of an event without the full stop. Every option is another way to say it:
 
     passive: the patient is the subject. ask: a question about a role, such as "agent" or "place", or about

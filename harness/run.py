@@ -1,0 +1,334 @@
+"""A run as one object: task, model, tokenizer, method, device, precision and settings, which belong together.
+
+    run = Run.start(settings)           # data and model as asked; `run.adapt()` injects the method
+    run = Run.open("out/cola-lora-0")   # a finished run from its folder alone, in eval mode
+    run.forward(batch)                  # the loss of a batch
+    run.predict(examples)               # what the model says of every row
+    run.evaluate()                      # loss and metrics on the development set
+
+Training, predicting, exporting and the benches all use it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import platform
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import model as modelling
+from harness import backbones, folder, methods, metrics
+from harness.settings import Settings
+
+ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
+
+
+@dataclass
+class Run:
+    settings: Settings
+    task: data.Task
+    model: torch.nn.Module
+    tokenizer: data.Tokenizer
+    base: str  # words about the base
+    device: torch.device = torch.device("cpu")
+    layers: list = field(default_factory=list)  # names of the adapted layers
+    max_new: int = 0  # tokens that a generated answer may have
+    train: list = field(default_factory=list)  # Examples, of a run that trains
+    dev: list = field(default_factory=list)
+    plan: dict | None = None  # what a method with `calibrate` found
+
+    # ------------------------------------------------------------ from settings
+
+    @classmethod
+    def start(cls, settings):
+        """A run as the settings ask, before the method is injected. Everything random depends on the seed alone."""
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        device, _ = choose_device(settings.device)
+        if settings.precision == "auto":
+            settings.precision = "bf16" if device.type == "cuda" else "float32"
+        folder.seed_everything(settings.seed)
+        task, train, dev = load_task(settings)
+        run = cls(settings, task, *build_model(settings, task), device, train=train, dev=dev)
+        answers = [len(row["input_ids"]) - row["prompt"] for row in run.train_features if "prompt" in row]
+        if answers:  # a generated answer is no longer than the longest of training, whatever the labels of dev are
+            run.max_new = min(max(answers), settings.max_length // 2)
+        for option, (_, share) in methods.FROM_RUN.items():
+            if option in settings.options and settings.options[option] is None:
+                settings.options[option] = share(run.warmup_steps, run.total_steps)
+        return run
+
+    def features(self, examples):
+        return data.features(self.task, examples, self.tokenizer, self.settings.max_length)
+
+    @functools.cached_property
+    def train_features(self):
+        return self.features(self.train)
+
+    @functools.cached_property
+    def dev_features(self):
+        return self.features(self.dev)
+
+    @property
+    def method(self):
+        return methods.module(self.settings.method)
+
+    @property
+    def steps_per_epoch(self):
+        return math.ceil(math.ceil(len(self.train) / self.settings.batch_size) / self.settings.accumulate)
+
+    @property
+    def total_steps(self):
+        return min(self.settings.epochs * self.steps_per_epoch, self.settings.max_steps or math.inf)
+
+    @property
+    def warmup_steps(self):
+        return round(self.settings.warmup * self.total_steps)
+
+    def adapt(self):
+        """Calibrate where the method looks at data first, inject it, and make the head trainable."""
+        s, method, extra = self.settings, self.method, {}
+        targets = s.targets or modelling.default_targets(self.model)
+        if hasattr(method, "calibrate"):
+            extra["plan"] = self.plan = self.calibrate(targets)
+        self.layers = method.inject(self.model, targets, **extra, **methods.accepted(method.inject, s.options))
+        self.train_head()
+        if not self.layers and (s.compare or s.export_peft):
+            raise ValueError(f"method {s.method} has no low-rank update for --compare or --export-peft")
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(f"nothing to train: method {s.method} with --freeze-head")
+
+    def calibrate(self, targets):
+        """Show the method the first rows of the seeded shuffle, one at a time, without padding."""
+        s, features = self.settings, self.train_features
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(s.seed)).tolist()
+        chosen = [features[i] for i in order[: s.options["samples"]]]
+        rows = [next(data.batches([f], self.task, 1, self.tokenizer.pad_id, shuffle_seed=s.seed)) for f in chosen]
+        bar = tqdm([to_device(row, self.device) for row in rows], desc="calibrating", leave=False, disable=None)
+        loss = lambda model, batch: loss_of(model, batch, self.task.kind)  # noqa: E731
+        options = methods.accepted(self.method.calibrate, s.options)
+        return self.method.calibrate(self.model.to(self.device), targets, bar, loss, **options)
+
+    def wrap(self, layers):
+        """Inject the method on the layers that an earlier run adapted; what it trained is loaded afterwards."""
+        options = methods.accepted(self.method.inject, self.settings.options)
+        if hasattr(self.method, "calibrate"):
+            options["rank"] = 1  # the real ones differ by layer and come with the weights
+        self.layers = layers
+        self.method.inject(self.model, layers, **options)
+        self.train_head()
+
+    def train_head(self):
+        for name in modelling.head_modules(self.model):
+            self.model.get_submodule(name).requires_grad_(not self.settings.freeze_head)
+
+    # ------------------------------------------------------------ from a folder, and into it
+
+    @classmethod
+    def open(cls, out, device="cpu"):
+        """A finished run from its folder alone, in eval mode."""
+        config = folder.read_config(out)
+        settings, task = Settings(**config["settings"]), data.Task(**tupled(config["task"]))
+        model, tokenizer, words = build_model(settings, task)
+        if config["base_sha256"] != base_digest(settings):
+            raise ValueError(f"{out} was trained on another base than what {words} is now")
+        run = cls(settings, task, model, tokenizer, words, choose_device(device)[0], max_new=config["max_new"])
+        run.wrap(config["layers"])
+        run.load(folder.read_adapter(os.path.join(out, "adapter.safetensors"))[0])
+        run.model.to(run.device).eval()
+        return run
+
+    @property
+    def keep(self):
+        """Modules whose numbers were drawn at random, so that they are saved trained or not; "" is the whole model."""
+        return [""] if self.settings.scratch else modelling.head_modules(self.model)
+
+    def load(self, state):
+        folder.load_adapter_state(self.model, state, self.keep)
+
+    def config(self, command):
+        """What config.json says: enough to run it again."""
+        config = {
+            "settings": dataclasses.asdict(self.settings), "task": dataclasses.asdict(self.task), "layers": self.layers,
+            "max_new": self.max_new, "base_sha256": base_digest(self.settings), "command": command, "versions": versions(),
+        }  # fmt: skip
+        if self.settings.text and not self.settings.dev:
+            config["held_out"] = [example.id for example in self.dev]
+        return config
+
+    # ------------------------------------------------------------ what it does
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+    @functools.cached_property
+    def compiled(self):
+        """The model, compiled for changing lengths if asked; a rank growth compiles anew: more than the usual eight."""
+        if not self.settings.compile:
+            return self.model
+        torch._dynamo.config.cache_size_limit = 256
+        return torch.compile(self.model, dynamic=True)
+
+    def forward(self, batch):
+        """The mean loss of a batch on the run's device, a scalar."""
+        with self.autocast():
+            return loss_of(self.compiled if self.model.training else self.model, batch, self.task.kind)
+
+    def labelled(self, batch):
+        """How many labels the mean loss of a batch is the mean of."""
+        return int((batch["labels"] != data.IGNORED).sum()) if self.task.kind in ("lm", "mlm") else len(batch["labels"])
+
+    @torch.no_grad()
+    def predict(self, examples, features=None):
+        """What the model says of every row, in the rows' order, in eval mode:
+
+        {"answers": class indices, scores or texts, "probabilities": lists over classes, or a span's, or None,
+        "loss": the mean over labels, None where a row has none}.
+        """
+        features = self.features(examples) if features is None else features
+        was_training = self.model.training
+        self.model.eval()
+        answers, probabilities = [None] * len(features), [None] * len(features)
+        loss, labelled = 0.0, 0
+        size = self.settings.batch_size * (1 if self.task.kind == "lm" else 8)  # logits over a vocabulary are large
+        batches = list(data.batches(features, self.task, size, self.tokenizer.pad_id))
+        for batch in tqdm(batches, desc="evaluating", leave=False, disable=None):
+            rows = batch.pop("index").tolist()
+            batch = to_device(batch, self.device)
+            if "labels" in batch:
+                n = self.labelled(batch)
+                loss, labelled = loss + n * self.forward(batch).item(), labelled + n
+            if "prompt" in features[0]:
+                found, sure = self.generate([features[i] for i in rows]), [None] * len(rows)
+            elif self.task.kind in ("lm", "mlm"):
+                continue
+            else:
+                with self.autocast():
+                    logits = modelling.logits(self.model, batch).float()
+                found, sure = metrics.predictions(self.task, [(features[i], examples[i]) for i in rows], logits)
+            for i, answer, p in zip(rows, found, sure):
+                answers[i], probabilities[i] = answer, p
+        self.model.train(was_training)
+        return {"answers": answers, "probabilities": probabilities, "loss": loss / labelled if labelled else None}
+
+    def generate(self, features):
+        """The texts that a language model writes behind some rows' prompts. The labels are drafts: they change none."""
+        prompts = [row["input_ids"][: row["prompt"]] for row in features]
+        drafts = [row["input_ids"][row["prompt"] :] for row in features]
+        with self.autocast():
+            found = modelling.generate(self.model, prompts, self.max_new, self.tokenizer.sep_id, drafts=drafts)
+        return [self.tokenizer.decode(ids) for ids in found]
+
+    def evaluate(self):
+        """{"dev_loss": mean over labels, metric: value, ...} on the development set, the task's headline metric first."""
+        found = self.predict(self.dev, self.dev_features)
+        scores = {} if self.task.pretraining else metrics.score(self.task, self.dev, found["answers"])
+        return {"dev_loss": found["loss"], **scores}
+
+    def watch(self):
+        return self.method.watch(self.model) if hasattr(self.method, "watch") else {}
+
+    def count(self):
+        """(trained numbers, all numbers)."""
+        params = list(self.model.parameters())
+        return sum(p.numel() for p in params if p.requires_grad), sum(p.numel() for p in params)
+
+
+# ---------------------------------------------------------------------- its parts
+
+
+def choose_device(wanted):
+    """(torch device, the reason in words). ValueError if what was asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        if there["cuda"]:
+            return torch.device("cuda"), f"{torch.cuda.get_device_name()} found"
+        return torch.device("cpu"), "no CUDA found" + ("; --device mps would try Apple's" if there["mps"] else "")
+    if not there[wanted]:
+        raise ValueError(f"--device {wanted}: torch finds no such device here")
+    return torch.device(wanted), "as asked"
+
+
+def load_task(s):
+    """(task, training examples, development examples)."""
+    if s.text:
+        task, rows = data.load_custom(s.data, s.text, s.label)
+        if s.dev is None:  # a tenth at random, the same for every seed of the run
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+            dev = set(order[: max(1, len(rows) // 10)])
+            train = [r for i, r in enumerate(rows) if i not in dev]
+            return task, train[: s.rows], [rows[i] for i in sorted(dev)]
+        return task, rows[: s.rows], data.load(task, s.dev, "dev")
+    task = data.TASKS[s.task]
+    train, dev = (data.load(task, s.data, split) for split in ("train", "dev"))
+    return task, train[: s.rows], dev
+
+
+def build_model(s, task):
+    """(model, tokenizer, words about it) as the settings ask; new weights are drawn from torch's generator."""
+    if s.backbone:
+        model, tokenizer = backbones.load(s.backbone, task.kind, task.labels)
+        places = getattr(model.config, "max_position_embeddings", None) or math.inf
+        places -= 2 * ("roberta" in model.config.model_type)  # which counts positions from 2
+        if s.max_length > places:
+            raise ValueError(f"--max-length {s.max_length} is more than the backbone's {places} positions")
+        return model, data.Tokenizer(tokenizer), s.backbone
+    tokenizer = data.Tokenizer(os.path.join(ASSETS, "tokenizer.json"))
+    kind = "lm" if task.kind == "mlm" else task.kind
+    causal = task.kind == "lm"
+    if s.scratch:
+        sizes = {key: getattr(s, key) for key in ("width", "depth", "heads", "hidden")}
+        config = modelling.Config(vocab_size=tokenizer.vocab_size, causal=causal, **sizes)
+        return modelling.Transformer(config, kind, len(task.labels)), tokenizer, "random weights"
+    path = base_of(s)
+    model = modelling.load_base(path, kind, len(task.labels))
+    if model.config.causal < causal:
+        raise ValueError(f"{path} is an encoder, task {task.name} needs a decoder: --backbone, --base or --scratch")
+    return model, tokenizer, os.path.relpath(path)
+
+
+def base_of(s):
+    """The file of our own base: the decoder for tasks that generate text, else the encoder."""
+    causal = s.task is not None and data.TASKS[s.task].kind == "lm"
+    return s.base or os.path.join(ASSETS, "decoder.safetensors" if causal else "encoder.safetensors")
+
+
+def base_digest(s):
+    """sha256 of our own base's file, None for random weights and backbones: a run belongs to its base."""
+    if s.scratch or s.backbone:
+        return None
+    with open(base_of(s), "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def to_device(batch, device):
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def loss_of(model, batch, kind):
+    """Mean loss of a batch (data.batches), a scalar. A language model computes logits at the labelled places only."""
+    labels = batch["labels"]
+    where = labels != data.IGNORED if kind in ("lm", "mlm") else None
+    logits = modelling.logits(model, batch, where).float()
+    if kind == "regression":
+        return F.mse_loss(logits, labels)
+    if kind == "span":  # (B, T, 2) and (B, 2): the mean over start and end
+        return F.cross_entropy(logits.transpose(1, 2).flatten(0, 1), labels.flatten())
+    return F.cross_entropy(logits, labels if where is None else labels[where])  # (B, C) or (N, V)
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+
+
+def tupled(value):
+    """JSON's lists as the tuples they were."""
+    if isinstance(value, dict):
+        return {key: tupled(v) for key, v in value.items()}
+    return tuple(map(tupled, value)) if isinstance(value, list) else value

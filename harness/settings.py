@@ -1,0 +1,229 @@
+"""The settings of a run, each stated once, and the command line made of them.
+
+A field of `Settings` is a flag: its name, type, default and help stand together. The methods' own options come from
+their signatures (methods.py) and are kept in `Settings.options`.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import typing
+from dataclasses import dataclass, field
+
+import data
+from harness.methods import FROM_RUN, METHODS, options
+
+# Passes over the rows of a generated task, where not EPOCHS: chosen with LoRA alone, on seed 100 (bench/rates.md).
+EPOCHS = 6
+TASK_EPOCHS = {"sst2": 3, "mrpc": 1, "qqp": 1, "stsb": 1, "mnli": 2, "qnli": 2, "rte": 2, "squad": 2, "math": 3}
+FEW = ", ".join(f"{task} {n}" for task, n in TASK_EPOCHS.items())
+RATES, DECAYS = (", ".join(f"{name} {facts[i]:g}" for name, facts in METHODS.items()) for i in (2, 3))
+
+
+def count(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def number(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0")
+    return value
+
+
+def flag(default, help, **more):
+    """A field with what argparse is to know of its flag; `group` begins a group of flags."""
+    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**make, metadata={"help": help, **more})
+
+
+@dataclass
+class Settings:
+    """What a run is asked to be. None: decided when the run starts, or not asked for."""
+
+    method: str = flag("triadapt", "; ".join(f"{name} = {METHODS[name][1]}" for name in METHODS) + " (default triadapt)",
+                       choices=METHODS, metavar="METHOD", group="what to run")
+    task: str | None = flag(None, f"{', '.join(data.TASKS)} (default cola); without --data: {', '.join(data.GENERATED)}",
+                            choices=data.TASKS, metavar="TASK")
+    seed: int = flag(0, "of everything random (default 0)", type=int)
+    out: str | None = flag(None, "run folder (default out/TASK-METHOD-SEED)")
+    overwrite: bool = flag(False, "replace another run in that folder")
+    resume: bool = flag(False, "go on where this same command was stopped")
+
+    data: str | None = flag(None, "a folder in the task's official layout, or your own CSV, TSV or JSONL file", group="data")
+    text: list[str] | None = flag(None, "your own file: its one or two columns of text", nargs="+", metavar="COLUMN")
+    label: str | None = flag(None, "your own file: its column of labels", metavar="COLUMN")
+    dev: str | None = flag(None, "your own development file (default: a random tenth of --data)", metavar="FILE")
+    # GLUE sentences are short; Table V of TriAdaptLoRA has 64 to 512.
+    max_length: int = flag(128, "tokens, longer texts are cut (default 128)", type=count)
+    rows: int | None = flag(None, "use the first ROWS training rows only", type=count)
+
+    backbone: str | None = flag(None, "a Hugging Face checkpoint: folder or hub name (needs transformers)",
+                                metavar="NAME", group="model")
+    base: str | None = flag(None, "our own base (default assets/encoder.safetensors; for math and clm decoder.safetensors)",
+                            metavar="FILE")
+    scratch: bool = flag(False, "our own transformer with random weights")
+    targets: list[str] | None = flag(
+        None, "ends of the names of the linear layers to adapt (default: all in the transformer blocks)", nargs="+", metavar="NAME")
+    freeze_head: bool = flag(False, "leave the task head alone (TLoRA's own runs do)")
+    # With --scratch: about one million numbers, seconds per epoch on a laptop.
+    width: int = flag(128, "scratch: width of a token's vector (default 128)", type=count)
+    depth: int = flag(4, "scratch: blocks (default 4)", type=count)
+    heads: int = flag(4, "scratch: attention heads (default 4)", type=count)
+    hidden: int = flag(512, "scratch: width of the MLP (default 512)", type=count)
+
+    # The papers run 3 to 50 epochs on GLUE's tasks; those of the generated ones take less than a minute here.
+    epochs: int | None = flag(None, f"passes over the training rows (default {EPOCHS}; generated {FEW})", type=count, group="training")
+    max_steps: int | None = flag(None, "stop after this many optimizer steps, if that is sooner", type=count)
+    batch_size: int = flag(32, "rows per batch (default 32, as three of the papers)", type=count)
+    accumulate: int = flag(1, "batches per optimizer step (default 1)", type=count)
+    lr: float | None = flag(None, f"peak learning rate (default: {RATES})", type=number)
+    schedule: str = flag("linear", "after the warm-up (default linear, as three of the papers)", choices=("linear", "cosine", "constant"))
+    # 6 % is RoBERTa's and TLoRA's.
+    warmup: float = flag(0.06, "share of the steps with a rising rate (default 0.06)", type=number)
+    weight_decay: float | None = flag(None, f"AdamW's (default: {DECAYS})", type=number)
+    betas: list[float] = flag([0.9, 0.999], "AdamW's (default 0.9 0.999)", type=number, nargs=2)
+    clip: float = flag(1.0, "largest norm of the gradient, 0 = no limit (default 1)", type=number)
+    eval_every: int | None = flag(None, "optimizer steps between evaluations (default: each epoch)", type=count)
+
+    device: str = flag("auto", "default auto", choices=("auto", "cpu", "cuda", "mps"), group="machine")
+    precision: str = flag("auto", "auto: bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16"))
+    compile: bool = flag(False, "torch.compile the model")
+    gradient_checkpointing: bool = flag(False, "recompute activations: less memory")
+    threads: int | None = flag(None, "CPU threads (default: torch's choice)", type=count)
+
+    save_base: str | None = flag(None, "write the trained weights as a base for --base", metavar="FILE",
+                                 group="what comes out besides the run folder")
+    export_peft: str | None = flag(None, "write a PEFT LoRA adapter (needs --backbone)", metavar="DIR")
+    export_merged: str | None = flag(None, "write a checkpoint with the update folded in (needs --backbone)", metavar="DIR")
+    compare: str | None = flag(None, "cosine similarity of each layer's update with that run's", metavar="RUN")
+    no_figures: bool = flag(False, "draw nothing")
+
+    options: dict = field(default_factory=dict)  # the method's own, by name
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line on stderr instead of the usage and a line."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser(description=None):
+    """Flags of the run in groups, then the methods' own; a flag that is not given is None."""
+    p = Parser(
+        prog="train.py",
+        usage="python train.py [--method METHOD] [--task TASK] [flags]",
+        description=description,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110),
+        allow_abbrev=False,
+    )
+    for f in dataclasses.fields(Settings):
+        more = dict(f.metadata)
+        if not more:
+            continue
+        if title := more.pop("group", None):
+            group = p.add_argument_group(title)
+        if f.type is bool:
+            more["action"] = "store_true"
+        elif f.default is not dataclasses.MISSING:
+            more["default"] = f.default
+        else:
+            more["default"] = f.default_factory()
+        group.add_argument("--" + f.name.replace("_", "-"), **more)
+
+    owners = {}  # option -> {method: (type, default, help)}
+    for name in METHODS:
+        for option, facts in options(name).items():
+            owners.setdefault(option, {})[name] = facts
+    for title, members in [("options that methods share", [o for o in owners if len(owners[o]) > 1])] + [
+        (f"options of {name}", [o for o in owners if list(owners[o]) == [name]]) for name in METHODS
+    ]:
+        group = p.add_argument_group(title) if members else None
+        for option in members:
+            add_option(group, option, owners[option])
+    return p
+
+
+def add_option(group, option, owners):
+    """One flag for a method's option, or for several methods' that share the name."""
+    kind = next(iter(owners.values()))[0]
+    texts = {name: facts[2] for name, facts in owners.items()}
+    defaults = {name: FROM_RUN[option][0] if option in FROM_RUN else facts[1] for name, facts in owners.items()}
+    text = in_words(texts, "; ") + f" (default {in_words(defaults, ', ')})"
+    flag = "--" + option.replace("_", "-")
+    if kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
+        return
+    group.add_argument(flag, type=kind if kind in (int, float) else str, choices=typing.get_args(kind) or None,
+                       help=text.replace("%", "%%"))  # fmt: skip
+
+
+def in_words(values, separator):
+    """One value if all methods share it, else each with its methods: "lora, tlora: 8; triadapt: 1"."""
+    owners = {}
+    for name, value in values.items():
+        owners.setdefault(value, []).append(name)
+    if len(owners) == 1:
+        return str(next(iter(owners)))
+    return separator.join(f"{value} for {' and '.join(names)}" if separator == ", " else f"{', '.join(names)}: {value}"
+                          for value, names in owners.items())  # fmt: skip
+
+
+def parse(argv, description=None):
+    """Settings from the command line; a method's flag with another method is refused."""
+    parser = build_parser(description)
+    values = vars(parser.parse_args(argv))
+    own = options(values["method"])
+    known = {f.name for f in dataclasses.fields(Settings)}
+    given = {option: values.pop(option) for option in list(values) if option not in known}
+    given = {option: value for option, value in given.items() if value is not None}
+    for option in given:
+        if option not in own:
+            takes = ", ".join(other for other in METHODS if option in options(other))
+            parser.error(f"--{option.replace('_', '-')} is no option of {values['method']} (of: {takes})")
+    defaults = {option: None if option in FROM_RUN else facts[1] for option, facts in own.items()}
+    settings = Settings(**values, options=defaults | given)
+    try:
+        check(settings)
+    except ValueError as e:
+        parser.error(str(e))
+    return settings
+
+
+def check(s):
+    """Refuse flags that do not go together, and fill in what follows from the method and the task."""
+    if s.text is None and (s.label or s.dev):
+        raise ValueError("--label and --dev go with --text COLUMN, for a file of your own")
+    if s.text is not None and (s.data is None or s.label is None):
+        raise ValueError("--text goes with --data FILE and --label COLUMN")
+    if s.text is not None and s.task is not None:
+        raise ValueError("--task is for known tasks: with --text the task comes from your file")
+    if s.text is None and s.task is None:
+        s.task = "cola"
+    if s.data is None and s.task not in data.GENERATED:
+        raise ValueError(f"task {s.task} needs --data DIR (generated are: {', '.join(data.GENERATED)})")
+    if s.backbone and (s.base or s.scratch):
+        raise ValueError("--backbone is a model of its own: leave --base and --scratch out")
+    if (s.export_peft or s.export_merged) and not s.backbone:
+        raise ValueError("--export-peft and --export-merged need --backbone: the tiny base is no Hugging Face model")
+    if s.save_base and s.backbone:
+        raise ValueError("--save-base is for our own transformer: a backbone goes out with --export-merged")
+    for name in ("base", "backbone", "data", "dev"):  # so that the run folder can be used from anywhere
+        path = getattr(s, name)
+        if path and os.path.exists(path):
+            setattr(s, name, os.path.abspath(path))
+    for name, value in (("warmup", s.warmup), ("betas", max(s.betas))):
+        if value >= 1:
+            raise ValueError(f"--{name} {value} is not below 1")
+    if s.epochs is None:
+        s.epochs = EPOCHS if s.data else TASK_EPOCHS.get(s.task, EPOCHS)
+    if s.lr is None:
+        s.lr = METHODS[s.method][2]
+    if s.weight_decay is None:
+        s.weight_decay = METHODS[s.method][3]
+    if s.out is None:
+        s.out = os.path.join("out", f"{s.task or 'custom'}-{s.method}-{s.seed}")

@@ -1,0 +1,89 @@
+"""harness/run.py: losses by hand, predictions that labels do not change, a run opened from its folder."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from short import METHODS, go
+
+import data
+import train
+from harness import folder
+from harness import run as running
+from harness.run import Run
+from harness.settings import Settings
+from model import Config, Transformer
+
+
+def loss(logits, labels, kind, monkeypatch):
+    monkeypatch.setattr(running.modelling, "logits", lambda model, batch, where: logits if where is None else logits[where])
+    return running.loss_of(None, {"labels": labels}, kind).item()
+
+
+def test_losses_by_hand(monkeypatch):
+    logits, labels = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([1, 1])
+    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(3))) / 2
+    assert abs(loss(logits, labels, "classification", monkeypatch) - expected) < 1e-6
+    assert loss(torch.tensor([1.0, 4.0]), torch.tensor([0.0, 2.0]), "regression", monkeypatch) == (1 + 4) / 2
+    span = torch.zeros(1, 4, 2)
+    span[0, 2, 0], span[0, 3, 1] = 5.0, 7.0
+    expected = (math.log(1 + 3 * math.exp(-5)) + math.log(1 + 3 * math.exp(-7))) / 2
+    assert abs(loss(span, torch.tensor([[2, 3]]), "span", monkeypatch) - expected) < 1e-6
+    words = torch.randn(2, 3, 5)
+    labels = torch.tensor([[-100, 4, -100], [0, -100, -100]])
+    expected = -(words[0, 1].log_softmax(0)[4] + words[1, 0].log_softmax(0)[0]) / 2
+    assert abs(loss(words, labels, "lm", monkeypatch) - expected.item()) < 1e-6
+
+
+def test_a_language_models_loss_is_the_same_from_the_labelled_places_alone():
+    torch.manual_seed(0)
+    model = Transformer(Config(30, 16, 1, 2, 16, causal=True)).double()
+    batch = {"input_ids": torch.randint(30, (3, 7)), "attention_mask": torch.ones(3, 7).long()}
+    batch["labels"] = torch.where(torch.rand(3, 7) < 0.4, batch["input_ids"], -100)
+    whole = torch.nn.functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
+    assert (batch["labels"] == -100).any()
+    assert abs((running.loss_of(model, batch, "lm") - whole).item()) < 1e-6
+
+
+def test_the_labels_of_the_rows_change_no_generated_answer():
+    torch.manual_seed(1)
+    tokenizer = data.Tokenizer()
+    task, rows = data.TASKS["math"], data.load("math", split="dev")[:6]
+    model = Transformer(Config(tokenizer.vocab_size, 16, 1, 2, 16, causal=True))
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=2.0)  # so that the choice depends on the text
+    run = Run(Settings(batch_size=4, precision="float32"), task, model, tokenizer, "", max_new=40)
+
+    def answers(rows):
+        return run.predict(rows)["answers"]
+
+    known = answers(rows)
+    assert len(set(known)) > 1 and max(map(len, known)) > max(len(row.label) for row in rows)
+    assert known == answers([dataclasses.replace(row, label=None) for row in rows])
+
+
+def test_a_run_belongs_to_its_base(csv, tmp_path, capsys):
+    base = str(tmp_path / "base.safetensors")
+    assert go(csv, tmp_path / "a", "--method", "full", "--save-base", base)[0] == 0
+    argv = ["--data", csv, "--text", "text", "--label", "label", "--base", base, "--out", str(tmp_path / "b"), "--epochs", "1"]
+    argv += ["--no-figures", "--threads", "1", "--device", "cpu", "--method", "lora"]
+    assert train.main(argv) == 0
+    Run.open(str(tmp_path / "b"))
+    assert go(csv, tmp_path / "c", "--method", "full", "--seed", "1", "--save-base", base)[0] == 0
+    with pytest.raises(ValueError, match="was trained on another base than what"):
+        Run.open(str(tmp_path / "b"))
+
+
+def test_a_frozen_head_is_frozen_with_every_method(csv, tmp_path):
+    for method in METHODS:
+        if method == "head":
+            continue
+        assert go(csv, tmp_path / method, "--method", method, "--freeze-head", "--lr", "0.02")[0] == 0
+        before = Run.open(str(tmp_path / method)).model.head.weight
+        folder.seed_everything(0)
+        settings = Settings(**folder.read_config(tmp_path / method)["settings"])
+        task, _, _ = running.load_task(settings)
+        fresh, _, _ = running.build_model(settings, task)
+        assert torch.equal(before, fresh.head.weight), method
