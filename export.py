@@ -12,7 +12,7 @@ import sys
 from harness import folder
 from harness.exports import export_merged, export_peft
 from harness.run import Run
-from harness.settings import Parser
+from harness.settings import Parser, in_words
 
 
 def main(argv=None):
@@ -20,19 +20,20 @@ def main(argv=None):
     parser.add_argument("run", help="run folder")
     parser.add_argument("--peft", metavar="DIR", help="write a PEFT LoRA adapter there")
     parser.add_argument("--merged", metavar="DIR", help="write a Hugging Face checkpoint there")
+    parser.add_argument("--force", action="store_true", help="take another base than the run was trained on")
     args = parser.parse_args(argv)
     if not args.peft and not args.merged:
         parser.error("give --peft DIR or --merged DIR")
     try:
-        if not folder.read_config(args.run)["settings"]["backbone"]:
+        if not folder.read_config(args.run)["settings"].backbone:
             raise ValueError(f"{args.run} has no --backbone: the tiny base is no Hugging Face model")
-        run = Run.open(args.run)
+        run = Run.open(args.run, force=args.force)
         if args.peft:
             export_peft(run, args.peft)
         if args.merged:
             export_merged(run, args.merged)
     except (ValueError, OSError) as e:
-        print(f"export.py: error: {e}", file=sys.stderr)
+        print(f"export.py: error: {in_words(e)}", file=sys.stderr)
         return 2
     return 0
 

@@ -12,6 +12,7 @@ metrics go to standard error.
 import argparse
 import csv
 import json
+import os
 import sys
 
 import torch
@@ -19,7 +20,7 @@ import torch
 import data
 from harness import metrics
 from harness.run import Run
-from harness.settings import Parser
+from harness.settings import Parser, in_words
 from reading import files
 
 
@@ -55,9 +56,10 @@ def main(argv=None):
     parser.add_argument("--format", choices=("tsv", "jsonl"), default="tsv")
     parser.add_argument("--submission", metavar="FILE", help="write GLUE's submission file instead")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--force", action="store_true", help="take another base than the run was trained on")
     args = parser.parse_args(argv)
     try:
-        run = Run.open(args.run, args.device)
+        run = Run.open(args.run, args.device, args.force)
         if run.settings.threads:
             torch.set_num_threads(run.settings.threads)
         task = run.task
@@ -80,8 +82,12 @@ def main(argv=None):
         if all(example.label is not None for example in examples):
             scores = metrics.score(task, examples, found["answers"])
             print(", ".join(f"{name} {value:.6f}" for name, value in scores.items()), file=sys.stderr)
+        sys.stdout.flush()  # a closed pipe is noticed here
+    except BrokenPipeError:  # | head: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as e:
-        print(f"predict.py: error: {e}", file=sys.stderr)
+        print(f"predict.py: error: {in_words(e)}", file=sys.stderr)
         return 2
     return 0
 

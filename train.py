@@ -25,7 +25,8 @@ import data
 import model as modelling
 from harness import backbones, exports, figures, folder
 from harness.run import Run, choose_device, to_device
-from harness.settings import parse
+from harness.settings import in_words, parse
+from harness.stop import Stop, Stopped
 from tlora import cosine_similarity
 
 # The only numbers that differ between two runs of one command.
@@ -35,45 +36,71 @@ TIMES = ("seconds", "tokens_per_s")
 # ------------------------------------------------------------------------- the loop
 
 
-def train(run, optimizer, progress, started):
+def train(run, optimizer, progress, stop):
     """Batch, gradient, step, growth, evaluation, until the steps are done. FloatingPointError at a NaN or an infinity."""
     s, method = run.settings, run.method
-    every = s.eval_every or run.steps_per_epoch
-    losses, tokens, clock = [], 0, time.perf_counter()
+    saver = folder.Saver(run, progress, optimizer)
+    tokens, clock = 0, time.perf_counter()
+    evaluated(run, progress, saver, stop, None)  # a run that was stopped while it evaluated goes on there
     for batches, bar in steps(run, progress.step):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate(progress.step, run.total_steps, run.warmup_steps, s.schedule)
-        optimizer.zero_grad(set_to_none=True)
-        loss = backward(run, batches)
-        finite("loss", loss, progress.step + 1)
-        if hasattr(method, "penalty") and (penalty := method.penalty(run.model)).requires_grad:
-            penalty.backward()
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(params, s.clip or math.inf)
-        finite("gradient of norm", norm.item(), progress.step + 1)
-        optimizer.step()
-        progress.step += 1
-        losses.append(loss)
+        with stop.after():  # no signal leaves half a step
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(progress.step, run.total_steps, run.warmup_steps, s.schedule)
+            optimizer.zero_grad(set_to_none=True)
+            loss = backward(run, batches)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"loss {loss} at step {progress.step + 1}")
+            if hasattr(method, "penalty") and (penalty := method.penalty(run.model)).requires_grad:
+                penalty.backward()
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(params, s.clip or math.inf)
+            if not norm.isfinite():
+                raise FloatingPointError(f"gradient of norm {norm} at step {progress.step + 1}{culprit(run.model)}")
+            optimizer.step()
+            progress.step += 1
+            progress.losses.append(loss)
+            if hasattr(method, "after_step"):
+                event = method.after_step(run.model, optimizer, progress.step, run.total_steps)
+                if event:
+                    progress.layers.append({"step": progress.step, "event": event})
+            if saver.due():
+                saver.save()
         tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
         bar.set_postfix(loss=f"{loss:.3f}")
-        if hasattr(method, "after_step"):
-            event = method.after_step(run.model, optimizer, progress.step, run.total_steps)
-            if event:
-                progress.layers.append({"step": progress.step, "event": event})
-        if progress.step % every == 0 or progress.step == run.total_steps:
-            speed = round(tokens / (time.perf_counter() - clock))
-            row = {"step": progress.step, "epoch": progress.step / run.steps_per_epoch, "train_loss": sum(losses) / len(losses)}
-            row |= run.evaluate()
-            finite("development loss", row["dev_loss"], progress.step)
-            row["trained"], watched = run.count()[0], run.watch()
-            if "ranks" in watched:
-                row["rank_total"] = sum(watched["ranks"].values())
-            row |= {"tokens_per_s": speed, "seconds": round(time.perf_counter() - started, 2)}
-            progress.history.append(row)
-            progress.layers.append({"step": progress.step, **watched})
-            tqdm.write(line(row), file=sys.stdout)
-            folder.save(run, progress, optimizer)
-            losses, tokens, clock = [], 0, time.perf_counter()
+        if evaluated(run, progress, saver, stop, tokens / (time.perf_counter() - clock)):
+            tokens, clock = 0, time.perf_counter()
+
+
+def evaluated(run, progress, saver, stop, speed):
+    """Evaluate if it is time to, keep the row and save; whether it was."""
+    every = run.settings.eval_every or run.steps_per_epoch
+    if not progress.losses or (progress.step % every and progress.step < run.total_steps):
+        return False
+    try:
+        row = {"step": progress.step, "epoch": progress.step / run.steps_per_epoch,
+               "train_loss": sum(progress.losses) / len(progress.losses), **run.evaluate()}  # fmt: skip
+    except Stopped:
+        saver.save()
+        raise
+    if not math.isfinite(row["dev_loss"]):
+        raise FloatingPointError(f"development loss {row['dev_loss']} after step {progress.step}")
+    row["trained"], watched = run.count()[0], run.watch()
+    if "ranks" in watched:
+        row["rank_total"] = sum(watched["ranks"].values())
+    row |= {"tokens_per_s": round(speed or 0), "seconds": round(run.seconds(), 2)}
+    with stop.after():
+        progress.history.append(row)
+        progress.layers.append({"step": progress.step, **watched})
+        progress.losses.clear()
+        tqdm.write(line(row), file=sys.stdout)
+        saver.save()
+    return True
+
+
+def culprit(model):
+    """The first parameter whose gradient is not finite, in words."""
+    names = (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+    return f", in {name}" if (name := next(names, None)) else ""
 
 
 def steps(run, done):
@@ -120,47 +147,43 @@ def rate(step, total, warmup, schedule):
     return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def finite(what, value, step):
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{what} {value} at step {step}")
-
-
 # ------------------------------------------------------------------------- before and after it
 
 
-def fine_tune(s, command):
+def fine_tune(s, command, stop):
     """Train as the settings ask and leave the run folder; returns the last evaluation."""
-    started = time.perf_counter()
-    if s.compare:
-        folder.read_config(s.compare)  # now, not after the training
+    if s.compare and not folder.read_run(s.compare)[0]["layers"]:  # now, not after the training
+        raise ValueError(f"--compare {s.compare}: that run has no low-rank update")
     for path in (s.save_base, s.export_peft, s.export_merged):
         if path:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    run = Run.start(s)
+    run = Run.start(s, command)
     print(f"base    {run.base}, {run.count()[1]:,} numbers")
     print(f"task    {run.task.name} from {s.data or 'the generated world'}: {len(run.train):,} training rows, "
           f"{len(run.dev):,} for development, {run.task.kind}" + (f" ({', '.join(run.task.labels)})" if run.task.labels else ""))
-    state = folder.state_to_resume(s, run.config(command))
+    state = folder.state_to_resume(run)
     if state is None:
         run.adapt()
     else:
-        run.wrap(state["names"])
-        run.load(state["adapter"])
+        run.wrap(state[2]["names"])
+        run.load(state[0])
     run.model.to(run.device).train()
     if s.gradient_checkpointing:
         backbones.set_checkpointing(run.model)
     groups = run.method.param_groups(run.model, s.lr, s.weight_decay)
     optimizer = torch.optim.AdamW([{"peak": group["lr"], **group} for group in groups], lr=s.lr, betas=tuple(s.betas))
-    progress = folder.Progress() if state is None else folder.restore(state, optimizer)
-    introduce(run, progress)
-    if state is None:
-        folder.clear(s.out, run.config(command))
-        if run.plan is not None:
-            folder.write_json(os.path.join(s.out, "plan.json"), run.method.describe(run.plan))
-    train(run, optimizer, progress, started)
-    finish(run, progress)
-    os.remove(os.path.join(s.out, "state.pt"))  # last: what fails until here can be resumed
-    print(f"{time.perf_counter() - started:.1f} s; {s.out}: {', '.join(sorted(os.listdir(s.out)))}")
+    with folder.lock(s.out):
+        progress = folder.Progress() if state is None else folder.restore(optimizer, *state[1:])
+        introduce(run, progress)
+        if state is None:
+            folder.clear(s.out, run.config())
+            if run.plan is not None:
+                folder.write_json(os.path.join(s.out, "plan.json"), run.method.describe(run.plan))
+        train(run, optimizer, progress, stop)
+        folder.finish(run, progress)
+        show(run, progress)
+        os.remove(folder.state_path(s.out))  # last: what fails until here can be resumed
+    print(f"{run.seconds():.1f} s; {s.out}: {', '.join(sorted(os.listdir(s.out)))}")
     return progress.history[-1]
 
 
@@ -186,7 +209,7 @@ def line(row):
     return "  ".join(parts) + f"  {row['tokens_per_s']:,} tokens/s"
 
 
-def finish(run, progress):
+def show(run, progress):
     """Figures, exports and the result."""
     s, last = run.settings, progress.history[-1]
     other = (s.compare, compare(run)) if s.compare else None
@@ -234,24 +257,22 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     settings = parse(argv, description=__doc__.split("\n\n")[0])
     try:
-        fine_tune(settings, "python train.py " + shlex.join(argv))
-    except (ValueError, OSError) as e:
-        print(f"train.py: error: {e}", file=sys.stderr)
-        return 2
+        with Stop() as stop:
+            fine_tune(settings, "python train.py " + shlex.join(argv), stop)
     except FloatingPointError as e:
-        print(f"train.py: {e}: stopped; {kept(settings.out)}", file=sys.stderr)
+        print(f"train.py: {e}: stopped; {folder.kept(settings.out)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"train.py: stopped; {kept(settings.out)}", file=sys.stderr)
-        return 130
+    except Stopped as e:
+        print(f"train.py: stopped; {folder.kept(settings.out)}", file=sys.stderr)
+        return e.code
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"train.py: standard output was closed: stopped; {folder.kept(settings.out)}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as e:
+        print(f"train.py: error: {in_words(e)}", file=sys.stderr)
+        return 2
     return 0
-
-
-def kept(out):
-    """What a run that stopped has left, in words."""
-    if os.path.exists(os.path.join(out, "state.pt")):
-        return f"{out} keeps the last evaluated state, the same command with --resume goes on from it"
-    return "nothing was saved yet"
 
 
 if __name__ == "__main__":

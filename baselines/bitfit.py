@@ -5,7 +5,7 @@ nothing is to be merged.
 """
 
 
-def inject(model, targets):
+def inject(model, targets=None):
     """Freeze everything but the biases. Returns [] for no layer is wrapped; ValueError if there is no bias."""
     biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
     if not biases:

@@ -1,36 +1,46 @@
-"""What a run leaves behind, and the only place that writes it.
+"""The run folder: what a run leaves behind, and the state that it can go on from.
 
-A run folder holds
-
-    config.json            every setting, the layers adapted, versions, the command
+    config.json            every setting, the layers adapted, versions, the command; `finished` marks a whole run
     metrics.jsonl          a line per evaluation
     layers.jsonl           a line per evaluation: what the method's `watch` shows, layer by layer
     adapter.safetensors    what was trained and what the method drew at random, task head included
-    state.pt               while training: all that --resume needs (tensors and numbers, loaded without pickle's code)
+    state.safetensors      only while training: all of the above and all that --resume needs, in one file
 
-and the figures. Nothing else in a folder is ever removed or replaced.
-
-Every file is written under a temporary name, flushed to disk, then renamed: a kill at any moment
-leaves the previous good file.
+and the figures. While a run trains, its one state file is all there is beside config.json, so that whatever is found
+after a kill belongs to one step; the other files are made of it at the end. Every file is written under a temporary name,
+flushed to disk, then renamed. Nothing is ever removed or replaced but files that a run wrote, by name.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from reading.files import replace_file, write_text
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None
+
+from harness import sealed
+from harness.settings import read_settings, typed
+from reading.files import write_text
 
 # What a run may leave, and beside these a PNG for each quantity that its method watches.
 FILES = {
-    "config.json", "metrics.jsonl", "layers.jsonl", "adapter.safetensors", "state.pt", "plan.json", "cosine.json",
+    "config.json", "metrics.jsonl", "layers.jsonl", "adapter.safetensors", "state.safetensors", "plan.json", "cosine.json",
     "curves.png", "histograms.png", "eigenvalues.png", "spectrum.png",
+}  # fmt: skip
+# Settings that change no number of a run.
+FREE = {"resume", "overwrite", "out", "save_every", "no_figures", "compare", "save_base", "export_peft", "export_merged", "options"}
+CONFIG = {
+    "settings": dict, "task": dict, "layers": list[str], "max_new": int, "base": str | None, "tokenizer": str, "rows": str,
+    "held_out": list[str] | None, "command": str, "versions": dict, "finished": dict | None,
 }  # fmt: skip
 
 
@@ -39,23 +49,61 @@ def write_json(path, value):
 
 
 def write_lines(path, rows):
-    """JSON lines. The file is small (a line per evaluation) and written as a whole each time."""
+    """JSON lines, written as a whole."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_config(run):
-    """config.json of a run folder. ValueError in one line if that is no run folder."""
-    path = os.path.join(run, "config.json")
+def read_json(path):
+    """The value of a JSON file. ValueError in one line."""
     try:
         with open(path, encoding="utf-8") as f:
-            config = json.load(f)
+            return json.load(f)
     except FileNotFoundError:
-        raise ValueError(f"{run} is not a run folder: it has no config.json") from None
+        raise ValueError(f"{path} does not exist") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} line {e.lineno}: not JSON ({e.msg})") from None
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise ValueError(f"{path}: not JSON ({type(e).__name__})") from None
+
+
+# ------------------------------------------------------------------------- config.json
+
+
+def read_config(out):
+    """config.json of a run folder, its settings as Settings, its task's fields checked. ValueError in one line."""
+    path = os.path.join(out, "config.json")
+    if not os.path.exists(path):
+        raise ValueError(f"{out} is not a run folder: it has no config.json")
+    config = read_json(path)
     if not isinstance(config, dict) or not {"settings", "layers", "command"} <= config.keys():
-        raise ValueError(f"{run} is not a run folder: its config.json was not written by train.py")
+        raise ValueError(f"{out} is not a run folder: its config.json was not written by train.py")
+    typed(CONFIG, config, path)
+    config["settings"] = read_settings(config["settings"], f"{path}: settings")
     return config
+
+
+def essence(config):
+    """{name: value} of all in a config that a run's numbers depend on."""
+    settings = config["settings"]
+    settings = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings
+    task = {f"task {key}": value for key, value in config["task"].items()}
+    kept = {key: value for key, value in settings.items() if key not in FREE}
+    return {**kept, **settings["options"], **task, **{key: config[key] for key in ("base", "tokenizer", "rows", "max_new")}}
+
+
+def difference(before, now):
+    """The first thing in which two essences differ, in words, or None."""
+    for key in sorted(before.keys() | now.keys()):
+        a, b = (json.dumps(e.get(key)) for e in (before, now))  # tuples and lists are the same in JSON
+        if a != b:
+            return f"{key} {shorten(before.get(key))}, now {shorten(now.get(key))}"
+
+
+def shorten(value):
+    return value[:12] if isinstance(value, str) and len(value) == 64 else value  # a sha256
+
+
+# ------------------------------------------------------------------------- whose folder it is
 
 
 def written(out):
@@ -63,6 +111,8 @@ def written(out):
 
     A folder is a run's if its config.json is; what is in it beside the files of a run makes it unfit for another.
     """
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"--out {out} is a file, not a folder")
     names = os.listdir(out) if os.path.isdir(out) else []
     if set(names) <= {"config.json.tmp"}:  # new, or stopped before its first file was whole
         return names
@@ -76,6 +126,35 @@ def written(out):
     return names
 
 
+@contextlib.contextmanager
+def lock(out):
+    """Keep other runs out of the folder until this process ends, however it ends. ValueError if one is in it."""
+    os.makedirs(out, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    held = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out} is in use: another run is training there") from None
+        yield
+    finally:
+        os.close(held)
+
+
+def clear(out, config):
+    """Make `out` the folder of a new run: its config.json, and none of the files of an earlier run."""
+    for name in written(out):
+        if name != "config.json":  # it marks the folder as a run's until the new one takes its place
+            os.remove(os.path.join(out, name))
+    write_json(os.path.join(out, "config.json"), config)
+
+
+# ------------------------------------------------------------------------- the state
+
+
 @dataclass
 class Progress:
     """What a run has come to."""
@@ -83,69 +162,141 @@ class Progress:
     step: int = 0  # optimizer steps done
     history: list = field(default_factory=list)  # rows of metrics.jsonl
     layers: list = field(default_factory=list)  # rows of layers.jsonl
+    losses: list = field(default_factory=list)  # of the steps since the last evaluation
+
+
+def state_path(out):
+    return os.path.join(out, "state.safetensors")
 
 
 def save(run, progress, optimizer):
-    """All files of the run's folder, after an evaluation. The state comes last: what it needs is there."""
-    out = run.settings.out
-    info = {"method": run.settings.method, "options": run.settings.options, "layers": run.layers, "task": asdict(run.task)}
-    save_adapter(run.model, os.path.join(out, "adapter.safetensors"), info, run.keep)
-    write_lines(os.path.join(out, "metrics.jsonl"), progress.history)
-    write_lines(os.path.join(out, "layers.jsonl"), progress.layers)
-    state = {
-        **vars(progress), "names": run.layers, "adapter": adapter_state(run.model, run.keep),
-        "optimizer": optimizer.state_dict(), "rng": rng_state(),
+    """The state of the run, whole or not at all."""
+    groups = optimizer.state_dict()
+    tensors = {f"adapter.{name}": t for name, t in adapter_state(run.model, run.keep).items()}
+    for i, values in groups["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": torch.as_tensor(value) for key, value in values.items()}
+    version, keys, gauss = random.getstate()
+    name, words, *rest = np.random.get_state()
+    tensors["random.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    about = {
+        **vars(progress), "names": run.layers, "essence": essence(run.config()), "groups": groups["param_groups"],
+        "python": [version, list(keys), gauss], "numpy": [name, words.tolist(), *rest],
     }  # fmt: skip
-    save_state(out, state)
+    sealed.write(state_path(run.settings.out), tensors, about)
 
 
-def restore(state, optimizer):
-    """Put a saved state back into the optimizer and the random generators; returns the Progress."""
-    optimizer.load_state_dict(state["optimizer"])
-    set_rng_state(state["rng"])
-    return Progress(state["step"], state["history"], state["layers"])
+class Saver:
+    """Saves the state every `save_every` steps or, by default, as often as costs a hundredth of the time."""
+
+    def __init__(self, run, progress, optimizer):
+        self.parts, self.cost, self.last = (run, progress, optimizer), 0.0, time.perf_counter()
+
+    def due(self):
+        run, progress, _ = self.parts
+        if run.settings.save_every:
+            return progress.step % run.settings.save_every == 0
+        return time.perf_counter() - self.last > 100 * self.cost
+
+    def save(self):
+        start = time.perf_counter()
+        save(*self.parts)
+        self.last = time.perf_counter()
+        self.cost = self.last - start
 
 
-def state_to_resume(settings, config):
-    """The state to go on from, or None to start anew; ValueError if that would lose something.
+def kept(out):
+    """What a run that stopped has left, in words."""
+    try:
+        step = load_state(out)[2]["step"]
+    except (ValueError, OSError):
+        return "nothing was saved yet"
+    return f"{out} keeps the state after step {step}, the same command with --resume goes on from it"
+
+
+def load_state(out):
+    """(adapter, optimizer state_dict, the rest) of a run that did not finish. ValueError in one line if there is none."""
+    if not os.path.exists(state_path(out)):
+        raise ValueError(f"nothing to resume: {state_path(out)} does not exist")
+    tensors, about, _ = sealed.read(state_path(out))
+    adapter, states = {}, {}
+    for name, t in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "adapter":
+            adapter[rest] = t
+        elif kind == "optimizer":
+            i, key = rest.split(".")
+            states.setdefault(int(i), {})[key] = t
+    about["random"] = {name: tensors[f"random.{name}"] for name in ("torch", "cuda") if f"random.{name}" in tensors}
+    return adapter, {"state": states, "param_groups": about.pop("groups")}, about
+
+
+def restore(optimizer, state, about):
+    """Put a saved state into the optimizer and the random generators; returns the Progress."""
+    optimizer.load_state_dict(state)
+    torch.set_rng_state(about["random"]["torch"])
+    if "cuda" in about["random"]:
+        torch.cuda.set_rng_state(about["random"]["cuda"])
+    version, keys, gauss = about["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, words, *rest = about["numpy"]
+    np.random.set_state((name, np.array(words, dtype=np.uint32), *rest))
+    return Progress(*(about[f.name] for f in dataclasses.fields(Progress)))
+
+
+def state_to_resume(run):
+    """What `load_state` gives, to go on from, or None to start anew; ValueError if that would lose something.
 
     A finished run of the same settings is run again; another run is replaced only with --overwrite, and a
     folder with anything else in it never.
     """
-    out = settings.out
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise ValueError(f"--out {out} is a file, not a folder")
-    if settings.resume:
+    s, out, state = run.settings, run.settings.out, None
+    if s.resume:
         before, state = read_config(out), load_state(out)
-    elif settings.overwrite | ("config.json" not in written(out)):
+        before = state[2]["essence"]
+    elif "config.json" not in written(out) or s.overwrite:
         return None
-    elif os.path.exists(os.path.join(out, "state.pt")):
+    elif os.path.exists(state_path(out)):
         raise ValueError(f"{out} holds a run that was stopped: --resume goes on, --overwrite starts anew")
     else:
-        before, state = read_config(out), None
-    differ = differences(before, config)
+        before = essence(read_config(out))
+    differ = difference(before, essence(run.config()))
     if differ:
-        way = "give the flags it was started with" if settings.resume else "--overwrite replaces it, --out goes elsewhere"
+        way = "give the flags it was started with" if s.resume else "--overwrite replaces it, --out goes elsewhere"
         raise ValueError(f"{out} holds another run ({differ}): {way}")
     return state
 
 
-def differences(before, now):
-    """The first setting in which two runs' configs differ, in words; flags that change no result do not count."""
-    free = {"resume", "overwrite", "out", "no_figures", "compare", "save_base", "export_peft", "export_merged", "options"}
-    before, now = ({**c["settings"], **c["settings"]["options"], "base": c["base_sha256"]} for c in (before, now))
-    for key in sorted(set(before) | set(now)):
-        if key not in free and json.dumps(before.get(key)) != json.dumps(now.get(key)):
-            return f"{key} {before.get(key)}, now {now.get(key)}"
-
-
-def clear(out, config):
-    """Make `out` the folder of a new run: its config.json, and none of the files of an earlier run."""
-    os.makedirs(out, exist_ok=True)
-    for name in written(out):
-        if name != "config.json":  # it marks the folder as a run's until the new one takes its place
-            os.remove(os.path.join(out, name))
+def finish(run, progress):
+    """The files of a finished run, and the mark that it is one. The state goes when all else is done."""
+    out = run.settings.out
+    about = {"essence": essence(run.config()), "names": run.layers, "step": progress.step}
+    seal = sealed.write(os.path.join(out, "adapter.safetensors"), adapter_state(run.model, run.keep), about)
+    write_lines(os.path.join(out, "metrics.jsonl"), progress.history)
+    write_lines(os.path.join(out, "layers.jsonl"), progress.layers)
+    config = {**run.config(), "finished": {"step": progress.step, "adapter": seal}}
     write_json(os.path.join(out, "config.json"), config)
+
+
+def read_run(out):
+    """(config, adapter) of a run folder that belong together: of the finished run, or of the last state of a stopped one."""
+    config = read_config(out)
+    if config["finished"]:
+        adapter, about, seal = sealed.read(os.path.join(out, "adapter.safetensors"))
+        if config["finished"].get("adapter") != seal:
+            raise ValueError(f"{out}: its adapter.safetensors is not the one that this run finished with")
+    elif os.path.exists(state_path(out)):
+        adapter, _, about = load_state(out)
+    else:
+        raise ValueError(f"{out} holds no adapter: the run has not come to its first save")
+    differ = difference(about["essence"], essence(config)) or difference({"layers": about["names"]}, {"layers": config["layers"]})
+    if differ:
+        raise ValueError(f"{out}/config.json is not what its adapter was trained with: {differ}")
+    return config, adapter
+
+
+# ------------------------------------------------------------------------- the adapter
 
 
 def adapter_state(model, keep=()):
@@ -163,72 +314,26 @@ def adapter_state(model, keep=()):
 
 
 def load_adapter_state(model, state, keep=()):
-    """Put `adapter_state` back into a model with the same layers wrapped. ValueError if names differ."""
-    expected = set(adapter_state(model, keep))
-    if expected != set(state):
-        odd = sorted(expected ^ set(state))
+    """Put `adapter_state` back into a model with the same layers wrapped.
+
+    ValueError if names, types or shapes differ, or a number is not finite.
+    """
+    expected = adapter_state(model, keep)
+    if expected.keys() != state.keys():
+        odd = sorted(expected.keys() ^ state.keys())
         raise ValueError(f"adapter and model do not fit: {len(odd)} names differ, such as {odd[0]}")
+    for name, t in state.items():
+        if t.dtype != expected[name].dtype:
+            raise ValueError(f"adapter and model do not fit: {name} is {t.dtype}, expected {expected[name].dtype}")
+        if not t.isfinite().all():
+            raise ValueError(f"the adapter's {name} holds NaN or infinity")
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as e:  # a shape: torch's message has one line for each
         raise ValueError("adapter and model do not fit: " + str(e).splitlines()[-1].strip()) from None
 
 
-def save_adapter(model, path, metadata, keep=()):
-    """adapter.safetensors, with {key: JSON text} of `metadata` in its header."""
-    # a copy: tied parameters share memory, which safetensors refuses
-    state = {name: t.to("cpu", copy=True).contiguous() for name, t in adapter_state(model, keep).items()}
-    header = {key: json.dumps(value) for key, value in metadata.items()}
-    replace_file(path, lambda temporary: save_file(state, temporary, metadata=header))
-
-
-def read_adapter(path):
-    """(state, metadata) of an adapter file. ValueError in one line if it cannot be read."""
-    try:
-        with safe_open(path, "pt") as f:
-            metadata = {key: json.loads(value) for key, value in (f.metadata() or {}).items()}
-            return {name: f.get_tensor(name) for name in f.keys()}, metadata
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: the run has not finished") from None
-    except Exception as e:
-        raise ValueError(f"{path} cannot be read as safetensors: {e}".splitlines()[0]) from None
-
-
-def rng_state():
-    """The state of every random generator a run draws from."""
-    name, keys, *rest = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state):
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def save_state(run, state):
-    """state.pt, for --resume."""
-    replace_file(os.path.join(run, "state.pt"), lambda temporary: torch.save(state, temporary))
-
-
-def load_state(run):
-    """The state of a run that did not finish. ValueError in one line if there is none."""
-    path = os.path.join(run, "state.pt")
-    if not os.path.exists(path):
-        raise ValueError(f"nothing to resume: {path} does not exist")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise ValueError(f"{path} cannot be read: {type(e).__name__}") from None

@@ -23,6 +23,9 @@ FROM_RUN = {
     "interval": ("a fifteenth of the steps", lambda warmup, total: max(1, total // 15)),
 }
 
+# Method options that mean something only where another has a certain value.
+ONLY_WITH = {"fixed_k": ("mode", "fixed")}
+
 
 def module(name):
     """The module of a method, with its verbs."""
@@ -47,3 +50,8 @@ def options(name):
 def accepted(function, values):
     """Those of the options that a verb takes."""
     return {key: value for key, value in values.items() if key in inspect.signature(function).parameters}
+
+
+def takes_targets(name):
+    """Whether the method wraps layers; those that do not have a default for the targets that they never look at."""
+    return inspect.signature(module(name).inject).parameters["targets"].default is inspect.Parameter.empty

@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import platform
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import model as modelling
-from harness import backbones, folder, methods, metrics
+from harness import backbones, folder, methods, metrics, sealed
 from harness.settings import Settings
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
@@ -42,12 +43,16 @@ class Run:
     train: list = field(default_factory=list)  # Examples, of a run that trains
     dev: list = field(default_factory=list)
     plan: dict | None = None  # what a method with `calibrate` found
+    command: str = ""
+    fingerprint: str | None = None  # of the base, None if it was drawn at random
+    started: float = field(default_factory=time.perf_counter)
 
     # ------------------------------------------------------------ from settings
 
     @classmethod
-    def start(cls, settings):
+    def start(cls, settings, command=""):
         """A run as the settings ask, before the method is injected. Everything random depends on the seed alone."""
+        started = time.perf_counter()
         if settings.threads:
             torch.set_num_threads(settings.threads)
         device, _ = choose_device(settings.device)
@@ -55,7 +60,8 @@ class Run:
             settings.precision = "bf16" if device.type == "cuda" else "float32"
         folder.seed_everything(settings.seed)
         task, train, dev = load_task(settings)
-        run = cls(settings, task, *build_model(settings, task), device, train=train, dev=dev)
+        run = cls(settings, task, *build_model(settings, task), device, train=train, dev=dev, command=command, started=started)
+        run.fingerprint = base_fingerprint(run.model, settings)
         answers = [len(row["input_ids"]) - row["prompt"] for row in run.train_features if "prompt" in row]
         if answers:  # a generated answer is no longer than the longest of training, whatever the labels of dev are
             run.max_new = min(max(answers), settings.max_length // 2)
@@ -131,16 +137,18 @@ class Run:
     # ------------------------------------------------------------ from a folder, and into it
 
     @classmethod
-    def open(cls, out, device="cpu"):
-        """A finished run from its folder alone, in eval mode."""
-        config = folder.read_config(out)
-        settings, task = Settings(**config["settings"]), data.Task(**tupled(config["task"]))
+    def open(cls, out, device="cpu", force=False):
+        """A run from its folder alone, in eval mode. `force` takes another base or tokenizer than it was trained on."""
+        config, adapter = folder.read_run(out)
+        settings, task = config["settings"], data.Task(**tupled(config["task"]))
         model, tokenizer, words = build_model(settings, task)
-        if config["base_sha256"] != base_digest(settings):
-            raise ValueError(f"{out} was trained on another base than what {words} is now")
         run = cls(settings, task, model, tokenizer, words, choose_device(device)[0], max_new=config["max_new"])
+        run.fingerprint = base_fingerprint(model, settings)
+        for what, now in (("base", run.fingerprint), ("tokenizer", tokenizer.digest)):
+            if config[what] != now and not force:
+                raise ValueError(f"{out} was trained on another {what} than what {words} is now (--force goes on)")
         run.wrap(config["layers"])
-        run.load(folder.read_adapter(os.path.join(out, "adapter.safetensors"))[0])
+        run.load(adapter)
         run.model.to(run.device).eval()
         return run
 
@@ -152,15 +160,18 @@ class Run:
     def load(self, state):
         folder.load_adapter_state(self.model, state, self.keep)
 
-    def config(self, command):
-        """What config.json says: enough to run it again."""
-        config = {
+    @functools.cached_property
+    def rows_digest(self):
+        return hashlib.sha256(repr([self.train, self.dev]).encode()).hexdigest()
+
+    def config(self):
+        """What config.json says: enough to run it again, and to know its base, tokenizer and rows."""
+        held_out = [example.id for example in self.dev] if self.settings.text and not self.settings.dev else None
+        return {
             "settings": dataclasses.asdict(self.settings), "task": dataclasses.asdict(self.task), "layers": self.layers,
-            "max_new": self.max_new, "base_sha256": base_digest(self.settings), "command": command, "versions": versions(),
+            "max_new": self.max_new, "base": self.fingerprint, "tokenizer": self.tokenizer.digest, "rows": self.rows_digest,
+            "held_out": held_out, "command": self.command, "versions": versions(), "finished": None,
         }  # fmt: skip
-        if self.settings.text and not self.settings.dev:
-            config["held_out"] = [example.id for example in self.dev]
-        return config
 
     # ------------------------------------------------------------ what it does
 
@@ -234,6 +245,9 @@ class Run:
     def watch(self):
         return self.method.watch(self.model) if hasattr(self.method, "watch") else {}
 
+    def seconds(self):
+        return time.perf_counter() - self.started
+
     def count(self):
         """(trained numbers, all numbers)."""
         params = list(self.model.parameters())
@@ -299,12 +313,11 @@ def base_of(s):
     return s.base or os.path.join(ASSETS, "decoder.safetensors" if causal else "encoder.safetensors")
 
 
-def base_digest(s):
-    """sha256 of our own base's file, None for random weights and backbones: a run belongs to its base."""
-    if s.scratch or s.backbone:
-        return None
-    with open(base_of(s), "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+def base_fingerprint(model, s):
+    """sha256 of the base's numbers, without a task head; None for random weights, which are the run's own."""
+    heads = tuple(name + "." for name in modelling.head_modules(model))
+    base = {name: t for name, t in model.state_dict().items() if not name.startswith(heads)} if heads else model.state_dict()
+    return None if s.scratch else sealed.fingerprint(base)
 
 
 def to_device(batch, device):

@@ -8,11 +8,13 @@ import argparse
 import dataclasses
 import math
 import os
+import textwrap
+import types
 import typing
 from dataclasses import dataclass, field
 
 import data
-from harness.methods import FROM_RUN, METHODS, options
+from harness.methods import FROM_RUN, METHODS, ONLY_WITH, options, takes_targets
 
 # Passes over the rows of a generated task, where not EPOCHS: chosen with LoRA alone, on seed 100 (bench/rates.md).
 EPOCHS = 6
@@ -89,6 +91,8 @@ class Settings:
     betas: list[float] = flag([0.9, 0.999], "AdamW's (default 0.9 0.999)", type=number, nargs=2)
     clip: float = flag(1.0, "largest norm of the gradient, 0 = no limit (default 1)", type=number)
     eval_every: int | None = flag(None, "optimizer steps between evaluations (default: each epoch)", type=count)
+    save_every: int | None = flag(
+        None, "optimizer steps between saved states (default: at evaluations, and as often as costs a hundredth of the time)", type=count)
 
     device: str = flag("auto", "default auto", choices=("auto", "cpu", "cuda", "mps"), group="machine")
     precision: str = flag("auto", "auto: bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16"))
@@ -104,6 +108,53 @@ class Settings:
     no_figures: bool = flag(False, "draw nothing")
 
     options: dict = field(default_factory=dict)  # the method's own, by name
+
+
+def typed(fields, values, where):
+    """ValueError in one line unless `values` is a dictionary with just these fields, {name: type}, each of its type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: {shown(values)} is not an object with {len(fields)} keys")
+    for name in fields.keys() | values.keys():
+        if name not in values:
+            raise ValueError(f"{where}: '{name}' is missing")
+        if name not in fields:
+            raise ValueError(f"{where}: '{name}' is unknown")
+        if not fits(values[name], fields[name]):
+            kind = getattr(fields[name], "__name__", None) or fields[name]
+            raise ValueError(f"{where}: '{name}' is {shown(values[name])}, expected {kind}")
+
+
+def fits(value, kind):
+    """Whether a value from JSON is of a type: int is no bool, float is finite and may be whole, tuples are lists."""
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, one) for one in typing.get_args(kind))
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value in inside
+    if origin is list:
+        return isinstance(value, list) and all(fits(one, inside[0]) for one in value)
+    if kind in (None, types.NoneType):
+        return value is None
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(one, str) or fits(one, tuple) for one in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
+
+
+def shown(value):
+    return textwrap.shorten(repr(value), 60)
+
+
+def read_settings(values, where):
+    """Settings from config.json. ValueError in one line for a wrong type, choice, or a missing or unknown key."""
+    known = {f.name: f for f in dataclasses.fields(Settings)}
+    typed({name: f.type for name, f in known.items()}, values, where)
+    for name, f in known.items():
+        if (allowed := f.metadata.get("choices")) and values[name] is not None and values[name] not in allowed:
+            raise ValueError(f"{where}: '{name}' is {shown(values[name])}, expected one of {', '.join(allowed)}")
+    typed({name: facts[0] for name, facts in options(values["method"]).items()}, values["options"], f"{where}: options")
+    return Settings(**values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -153,7 +204,7 @@ def add_option(group, option, owners):
     kind = next(iter(owners.values()))[0]
     texts = {name: facts[2] for name, facts in owners.items()}
     defaults = {name: FROM_RUN[option][0] if option in FROM_RUN else facts[1] for name, facts in owners.items()}
-    text = in_words(texts, "; ") + f" (default {in_words(defaults, ', ')})"
+    text = listed(texts, "; ") + f" (default {listed(defaults, ', ')})"
     flag = "--" + option.replace("_", "-")
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
@@ -162,7 +213,14 @@ def add_option(group, option, owners):
                        help=text.replace("%", "%%"))  # fmt: skip
 
 
-def in_words(values, separator):
+def in_words(error):
+    """An error as one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'standard output'}: {error.strerror}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def listed(values, separator):
     """One value if all methods share it, else each with its methods: "lora, tlora: 8; triadapt: 1"."""
     owners = {}
     for name, value in values.items():
@@ -185,6 +243,11 @@ def parse(argv, description=None):
         if option not in own:
             takes = ", ".join(other for other in METHODS if option in options(other))
             parser.error(f"--{option.replace('_', '-')} is no option of {values['method']} (of: {takes})")
+        if isinstance(given[option], float) and not math.isfinite(given[option]):
+            parser.error(f"--{option.replace('_', '-')} {given[option]} is not a finite number")
+        other, value = ONLY_WITH.get(option, (None, None))
+        if other and given.get(other, own[other][1]) != value:
+            parser.error(f"--{option.replace('_', '-')} goes with --{other} {value}")
     defaults = {option: None if option in FROM_RUN else facts[1] for option, facts in own.items()}
     settings = Settings(**values, options=defaults | given)
     try:
@@ -196,10 +259,17 @@ def parse(argv, description=None):
 
 def check(s):
     """Refuse flags that do not go together, and fill in what follows from the method and the task."""
+    for name in ("out", "data", "label", "dev", "backbone", "base", "save_base", "export_peft", "export_merged", "compare"):
+        if getattr(s, name) == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty")
     if s.text is None and (s.label or s.dev):
         raise ValueError("--label and --dev go with --text COLUMN, for a file of your own")
     if s.text is not None and (s.data is None or s.label is None):
         raise ValueError("--text goes with --data FILE and --label COLUMN")
+    if s.text is not None and s.label in s.text:
+        raise ValueError(f"--label {s.label} is among the columns of --text: the answer would stand in the question")
+    if s.dev and os.path.realpath(s.dev) == os.path.realpath(s.data):
+        raise ValueError("--dev is the same file as --data: the development score would be of rows trained on")
     if s.text is not None and s.task is not None:
         raise ValueError("--task is for known tasks: with --text the task comes from your file")
     if s.text is None and s.task is None:
@@ -208,6 +278,14 @@ def check(s):
         raise ValueError(f"task {s.task} needs --data DIR (generated are: {', '.join(data.GENERATED)})")
     if s.backbone and (s.base or s.scratch):
         raise ValueError("--backbone is a model of its own: leave --base and --scratch out")
+    if s.scratch and s.base:
+        raise ValueError("--scratch draws the weights, --base reads them: leave one out")
+    if s.targets and not takes_targets(s.method):
+        raise ValueError(f"method {s.method} wraps no layers: leave --targets out")
+    if s.save_base and os.path.isdir(s.save_base):
+        raise ValueError(f"--save-base {s.save_base} is a folder: it names a file")
+    if s.threads and s.threads > 8 * (os.cpu_count() or 1):
+        raise ValueError(f"--threads {s.threads} is far more than the {os.cpu_count()} processors here")
     if (s.export_peft or s.export_merged) and not s.backbone:
         raise ValueError("--export-peft and --export-merged need --backbone: the tiny base is no Hugging Face model")
     if s.save_base and s.backbone:

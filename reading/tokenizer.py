@@ -1,5 +1,6 @@
 """The tokenizer: our byte-level BPE, or the one of a Hugging Face checkpoint, behind one face."""
 
+import hashlib
 from pathlib import Path
 
 import tokenizers
@@ -43,6 +44,7 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         self.backend.no_padding()
         self.vocab_size = self.backend.get_vocab_size()
+        self.digest = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def encode(self, texts, max_length=None, truncation="longest_first"):
         """One dict for each tuple of one or two texts: input_ids, token_type_ids, offsets (start, end)

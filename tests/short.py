@@ -22,14 +22,19 @@ def go(csv, out, *more):
 
 
 def rows_of(out, name="metrics.jsonl"):
-    if not os.path.exists(os.path.join(out, name)):
+    """The rows of a run without times; of a stopped one, those in its state."""
+    if os.path.exists(folder.state_path(out)):
+        rows = folder.load_state(out)[2][{"metrics.jsonl": "history", "layers.jsonl": "layers"}[name]]
+    elif not os.path.exists(os.path.join(out, name)):
         return None
-    with open(os.path.join(out, name)) as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in train.TIMES} for line in f]
+    else:
+        with open(os.path.join(out, name)) as f:
+            rows = [json.loads(line) for line in f]
+    return [{k: v for k, v in row.items() if k not in train.TIMES} for row in rows]
 
 
 def adapter_of(out):
-    return folder.read_adapter(os.path.join(out, "adapter.safetensors"))[0]
+    return folder.read_run(out)[1]
 
 
 def equal(a, b):

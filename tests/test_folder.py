@@ -1,17 +1,23 @@
-"""Files are whole or not there; adapters hold what was trained and drawn, and refuse what does not fit."""
+"""Files are whole or not there; adapters hold what was trained and drawn; damage, kills and other runs are noticed."""
 
+import json
+import math
 import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from short import adapter_of, equal, go
+from short import TINY, adapter_of, equal, go, rows_of
 
 import tlora
 from baselines import lora
-from harness import folder
+from harness import folder, sealed
+from harness.run import Run
 from reading import files
 
 
@@ -51,70 +57,20 @@ def test_a_frozen_random_head_is_kept_when_asked_for():
     assert set(folder.adapter_state(model, [""])) == set(model.state_dict())
 
 
-def test_save_and_read_come_back_with_the_metadata(tmp_path):
-    path = str(tmp_path / "adapter.safetensors")
-    model = adapted()
-    model[2].weight = nn.Parameter(torch.randn(5, 3).T)  # not contiguous: safetensors would refuse it
-    folder.save_adapter(model, path, {"method": "lora", "options": {"rank": 2}})
-    state, metadata = folder.read_adapter(path)
-    assert metadata == {"method": "lora", "options": {"rank": 2}}
-    expected = folder.adapter_state(model)
-    assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
-    other = adapted(seed=1)
-    x = torch.randn(4, 6)
-    other[0].base.load_state_dict(model[0].base.state_dict())  # the base is not part of an adapter
-    assert not torch.equal(other(x), model(x))
-    folder.load_adapter_state(other, state)
-    assert (other(x) - model(x)).abs().max() < 1e-6  # the same values, in another layout
-
-
 def test_what_does_not_fit_is_refused_in_one_line():
     state = folder.adapter_state(adapted())
     with pytest.raises(ValueError, match="adapter and model do not fit: 1 names differ, such as 0.B"):
         folder.load_adapter_state(adapted(), {k: v for k, v in state.items() if k != "0.B"})
     with pytest.raises(ValueError, match="1 names differ, such as 9.A"):
         folder.load_adapter_state(adapted(), {**state, "9.A": torch.zeros(1)})
+    with pytest.raises(ValueError, match="0.B is torch.float64, expected torch.float32"):
+        folder.load_adapter_state(adapted(), {**state, "0.B": state["0.B"].double()})
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="the adapter's 0.B holds NaN or infinity"):
+            folder.load_adapter_state(adapted(), {**state, "0.B": torch.full_like(state["0.B"], value)})
     with pytest.raises(ValueError, match="do not fit: size mismatch for 0.B") as error:
         folder.load_adapter_state(adapted(rank=3), state)
     assert "\n" not in str(error.value)
-
-
-def test_unreadable_files_are_named_in_one_line(tmp_path):
-    for name, write, read, words in [
-        ("adapter.safetensors", b"not one", folder.read_adapter, "cannot be read as safetensors"),
-        ("adapter.safetensors", None, folder.read_adapter, "is missing: the run has not finished"),
-    ]:
-        path = tmp_path / name
-        path.unlink(missing_ok=True)
-        if write is not None:
-            path.write_bytes(write)
-        with pytest.raises(ValueError, match=words) as error:
-            read(str(path))
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
-    run = tmp_path / "run"
-    run.mkdir()
-    with pytest.raises(ValueError, match="is not a run folder: it has no config.json"):
-        folder.read_config(run)
-    (run / "config.json").write_text('{\n"a" 1}')
-    with pytest.raises(ValueError, match="config.json line 2: not JSON"):
-        folder.read_config(run)
-    with pytest.raises(ValueError, match="nothing to resume"):
-        folder.load_state(run)
-    (run / "state.pt").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="state.pt cannot be read"):
-        folder.load_state(run)
-
-
-def test_random_state_comes_back():
-    def draw():
-        return torch.randn(5).tolist(), random.random(), np.random.randn(3).tolist()
-
-    folder.seed_everything(3)
-    state = folder.rng_state()
-    first = draw()
-    assert all(a != b for a, b in zip(draw(), first))
-    folder.set_rng_state(state)
-    assert draw() == first
 
 
 def test_another_run_is_not_overwritten_by_accident(csv, tmp_path, capsys):
@@ -170,3 +126,185 @@ def test_a_run_replaces_its_own_files_alone(csv, tmp_path, capsys):
     empty.mkdir()
     (empty / "config.json.tmp").write_text("stopped before the first file was whole")
     assert go(csv, empty, "--method", "lora")[0] == 0 and "config.json.tmp" not in os.listdir(empty)
+
+
+# ------------------------------------------------------------------- damage
+
+
+def change(value, key, new):
+    """`value`, parsed JSON, with the entry at the path `key` replaced, or removed if `new` is ..."""
+    *path, last = key
+    holder = value
+    for part in path:
+        holder = holder[part]
+    if new is ...:
+        del holder[last]
+    else:
+        holder[last] = new
+
+
+@pytest.fixture
+def finished(csv, tmp_path):
+    out = tmp_path / "finished"
+    assert go(csv, out, "--method", "lora", "--rank", "2")[0] == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    "key,new,words",
+    [
+        (["settings", "seed"], "0", "config.json: settings: 'seed' is '0', expected int"),
+        (["settings", "seed"], True, "'seed' is True, expected int"),
+        (["settings", "lr"], math.nan, "'lr' is nan, expected"),
+        (["settings", "lr"], ..., "settings: 'lr' is missing"),
+        (["settings", "extra"], 1, "settings: 'extra' is unknown"),
+        (["settings", "method"], "lorra", "'method' is 'lorra', expected one of triadapt, tlora"),
+        (["settings", "options", "alpha"], [], "settings: options: 'alpha' is [], expected float"),
+        (["settings", "options", "delta"], 2, "options: 'delta' is unknown"),
+        (["settings"], 3, "config.json: 'settings' is 3, expected dict"),
+        (["layers"], [1], "'layers' is [1], expected list"),
+        (["task", "labels"], ["yes", "no"], "is not what its adapter was trained with: task labels"),
+        (["settings", "options", "alpha"], 8.0, "is not what its adapter was trained with: alpha 16.0, now 8.0"),
+        (["settings", "seed"], 1, "trained with: seed 0, now 1"),
+        (["base"], "0" * 64, "trained with: base None, now 000000000000"),
+        (["max_new"], 9, "trained with: max_new 0, now 9"),
+        (["layers"], ["blocks.0.q_proj"], "trained with: layers"),
+        (["finished", "adapter"], "0" * 64, "is not the one that this run finished with"),
+        (["finished"], None, "holds no adapter: the run has not come to its first save"),
+    ],
+)
+def test_a_config_that_was_changed_is_refused_in_one_line(finished, key, new, words):
+    path = finished / "config.json"
+    config = json.loads(path.read_text())
+    change(config, key, new)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        Run.open(str(finished))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_that_is_no_json_is_refused_in_one_line(finished):
+    path = finished / "config.json"
+    for content, words in [(b"{", "config.json line 1: not JSON"), (b"[" * 99_999, "not JSON (RecursionError)"), (b"\xff", "UnicodeDecodeError")]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(words)) as error:
+            Run.open(str(finished))
+        assert "\n" not in str(error.value)
+
+
+def test_an_adapter_of_another_run_is_refused(csv, finished, tmp_path):
+    other = tmp_path / "other"
+    assert go(csv, other, "--method", "lora", "--rank", "2", "--seed", "1")[0] == 0
+    shutil.copy(other / "adapter.safetensors", finished / "adapter.safetensors")
+    with pytest.raises(ValueError, match="its adapter.safetensors is not the one that this run finished with"):
+        Run.open(str(finished))
+
+
+def test_one_flipped_bit_in_a_run_is_noticed_or_without_effect(csv, finished):
+    """200 random places of config.json and of the adapter; metrics.jsonl is for people alone."""
+    rng = random.Random(0)
+    expected = folder.read_run(finished)
+    for name in ("config.json", "adapter.safetensors"):
+        path = finished / name
+        good, noticed = path.read_bytes(), 0
+        for _ in range(200):
+            bad = bytearray(good)
+            i = rng.randrange(len(bad))
+            bad[i] ^= 1 << rng.randrange(8)
+            path.write_bytes(bad)
+            try:
+                config, adapter = folder.read_run(finished)
+            except ValueError as e:
+                assert "\n" not in str(e)
+                noticed += 1
+            else:
+                assert equal(adapter, expected[1])
+                same = {"settings", "task", "layers", "max_new", "base", "tokenizer", "rows"}
+                kept = [{key: c[key] for key in same} for c in (config, expected[0])]
+                for one in kept:  # settings that change no number may differ
+                    one["settings"] = {k: v for k, v in vars(one["settings"]).items() if k not in folder.FREE - {"options"}}
+                assert kept[0] == kept[1], bad[max(0, i - 40) : i + 40]
+        path.write_bytes(good)
+        print(name, "noticed", noticed, "of 200")
+        assert noticed > 100
+
+
+def test_two_runs_do_not_share_a_folder(csv, tmp_path):
+    out = str(tmp_path / "run")
+    with folder.lock(out):
+        code, _ = go(csv, out)
+        assert code == 2 and os.listdir(out) == []
+    assert go(csv, out)[0] == 0  # and the lock leaves nothing behind
+
+
+# ------------------------------------------------------------------- faults between any two file operations
+
+PROGRAM = """
+import json, os, sys
+sys.path[:0] = [{root!r}]
+import torch
+torch.set_num_threads(1)
+import train
+FAULTS = ("fsync", "replace", "remove", "makedirs")
+def run(stop, flags):  # in a process of its own, which dies at the stop-th file operation
+    count = 0
+    def counted(f):
+        def call(*args, **more):
+            nonlocal count
+            count += 1
+            if count == stop:
+                os._exit(9)
+            return f(*args, **more)
+        return call
+    for name in FAULTS:
+        setattr(os, name, counted(getattr(os, name)))
+    code = train.main(flags)
+    sys.stdout.flush()
+    os._exit(code if code or stop else 100 + count)
+for stop, flags in json.load(sys.stdin):
+    sys.stdout.flush()
+    if not (child := os.fork()):
+        run(stop, flags)
+    print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def in_processes(jobs):
+    """Exit codes of runs [(file operation to die at or 0, flags)]; 100 + the number of operations where none was asked for."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    jobs = json.dumps([(stop, [str(flag) for flag in flags]) for stop, flags in jobs])
+    result = subprocess.run([sys.executable, "-c", PROGRAM.format(root=root)], input=jobs, capture_output=True, text=True)
+    codes = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("code ")]
+    assert len(codes) == len(json.loads(jobs)), result.stderr
+    return codes
+
+
+@pytest.mark.parametrize("method,options", [
+    ("triadapt", "--dropout 0.3 --interval 3 --t0 1 --delta 2"), ("task_tlora", ""),
+])  # fmt: skip
+def test_a_kill_at_any_file_operation_leaves_one_step_and_a_run_that_resumes(csv, tmp_path, method, options):
+    flags = ["--data", csv, "--text", "text", "--label", "label", *TINY, "--batch-size", "16", "--epochs", "2", "--save-every", "3"]
+    flags += ["--method", method, *options.split(), "--out"]
+    whole = tmp_path / "whole"
+    (code,) = in_processes([(0, [*flags, whole])])
+    expected = rows_of(whole), adapter_of(whole), rows_of(whole, "layers.jsonl")
+    outs = [tmp_path / str(i) for i in range(1, code - 100 + 1)]
+    assert len(outs) > 15
+    assert set(in_processes([(i, [*flags, out]) for i, out in enumerate(outs, 1)])) == {9}
+    states = 0
+    for out in outs:
+        steps = set()
+        if os.path.exists(folder.state_path(out)):
+            steps.add(folder.load_state(out)[2]["step"])
+            states += 1
+        if (out / "adapter.safetensors").exists():
+            steps.add(sealed.read(out / "adapter.safetensors")[1]["step"])
+        if (out / "metrics.jsonl").exists():
+            steps.add(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+        assert len(steps) <= 1, (out.name, steps)
+    assert states > 5
+    resume = [[*flags, out, *["--resume"] * os.path.exists(folder.state_path(out))] for out in outs]
+    assert min(in_processes([(0, again) for again in resume])) >= 100
+    for out in outs:
+        assert rows_of(out) == expected[0] and equal(adapter_of(out), expected[1]) and rows_of(out, "layers.jsonl") == expected[2]
+        assert not os.path.exists(folder.state_path(out)) and (out / "config.json").read_text().count('"finished": {') == 1

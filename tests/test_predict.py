@@ -67,7 +67,7 @@ def test_the_runs_development_metric_is_reproduced_exactly(runs, capsys, run, fi
         assert f"{name} {value:.6f}" in screen.err
     assert found["loss"] == expected["dev_loss"]
     assert len(screen.out.splitlines()) == 1 + len(examples) == 22
-    assert config["settings"]["method"]
+    assert config["settings"]["method"] == again.settings.method
 
 
 def test_tsv_and_jsonl_hold_class_names_and_probabilities(runs, capsys):

@@ -83,7 +83,7 @@ def test_a_frozen_head_is_frozen_with_every_method(csv, tmp_path):
         assert go(csv, tmp_path / method, "--method", method, "--freeze-head", "--lr", "0.02")[0] == 0
         before = Run.open(str(tmp_path / method)).model.head.weight
         folder.seed_everything(0)
-        settings = Settings(**folder.read_config(tmp_path / method)["settings"])
+        settings = folder.read_config(tmp_path / method)["settings"]
         task, _, _ = running.load_task(settings)
         fresh, _, _ = running.build_model(settings, task)
         assert torch.equal(before, fresh.head.weight), method

@@ -15,6 +15,7 @@ import train
 from harness import folder
 from harness import run as running
 from harness.run import Run
+from harness.stop import Stopped
 from harness.settings import Settings
 from model import Config, Transformer, load_base
 
@@ -107,7 +108,7 @@ def test_a_run_leaves_its_folder_and_learns(csv, tmp_path, capsys, method):
     assert [row["step"] for row in rows] == [2 * (i + 1) for i in range(12)]
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     config = folder.read_config(out)
-    assert config["settings"]["method"] == method and config["task"]["labels"] == ["no", "yes"]
+    assert config["settings"].method == method and config["task"]["labels"] == ["no", "yes"]
     assert config["versions"]["torch"] == torch.__version__
     screen = capsys.readouterr().out
     assert re.search(r"[\d,]+ trained of [\d,]+ \([\d.]+ %\)", screen)
@@ -139,17 +140,17 @@ def test_a_stopped_run_resumes_to_the_same_numbers(csv, tmp_path, capsys, monkey
     code, whole = go(csv, tmp_path / "whole", *more)
     assert code == 0 and [row["step"] for row in whole] == [5, 10, 15, 20, 21]
 
-    save_state, saved = folder.save_state, []
+    save, saved = folder.save, []
 
-    def killed(run, state):
-        save_state(run, state)
-        saved.append(state["step"])
-        if state["step"] == 10:  # in the middle of the second epoch
-            raise KeyboardInterrupt
+    def killed(run, progress, optimizer):
+        save(run, progress, optimizer)
+        saved.append(progress.step)
+        if progress.step == 10:  # in the middle of the second epoch, before it was evaluated or behind it
+            raise Stopped(130)
 
-    monkeypatch.setattr(folder, "save_state", killed)
+    monkeypatch.setattr(folder, "save", killed)
     code, part = go(csv, tmp_path / "part", *more)
-    assert code == 130 and saved == [5, 10] and part == whole[:2]
+    assert code == 130 and saved[-1] == 10 and part in (whole[:1], whole[:2])
     assert "with --resume goes on from it" in capsys.readouterr().err
     monkeypatch.undo()
     assert go(csv, tmp_path / "part", *more)[0] == 2, "an unfinished run is not overwritten by accident"
@@ -172,7 +173,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(c
     monkeypatch.setattr(running, "loss_of", exploding)
     code, rows = go(csv, tmp_path / "run", "--method", "lora")
     assert code == 1 and len(rows) == 1
-    assert re.search(r"train.py: loss nan at step \d+: stopped; .* keeps the last evaluated state, the same command with --resume goes on from it\n$", capsys.readouterr().err)
+    assert re.search(r"train.py: loss nan at step \d+: stopped; .* keeps the state after step \d+, the same command with --resume goes on from it\n$", capsys.readouterr().err)
     assert all(t.isfinite().all() for t in adapter_of(tmp_path / "run").values())
 
 
@@ -187,7 +188,7 @@ def test_growth_is_spread_over_the_run_unless_said_otherwise(csv, tmp_path):
     for more, interval, t0 in (([], None, None), (["--interval", "7", "--t0", "2"], 7, 2)):
         out = tmp_path / f"run{interval}"
         code, rows = go(csv, out, "--method", "triadapt", "--epochs", "20", "--warmup", "0.1", *more)
-        total, options = rows[-1]["step"], folder.read_config(out)["settings"]["options"]
+        total, options = rows[-1]["step"], folder.read_config(out)["settings"].options
         assert code == 0 and total >= 30
         assert (options["interval"], options["t0"]) == (interval or total // 15, t0 or round(0.1 * total))
 
@@ -225,10 +226,10 @@ def test_what_fails_after_training_can_be_resumed(csv, tmp_path, monkeypatch):
     monkeypatch.setattr(train.modelling, "save_base", lambda model, path: (_ for _ in ()).throw(OSError("disk full")))
     more = ["--method", "full", "--save-base", tmp_path / "base.safetensors"]
     code, rows = go(csv, tmp_path / "run", *more)
-    assert code == 2 and (tmp_path / "run" / "state.pt").exists()
+    assert code == 2 and (tmp_path / "run" / "state.safetensors").exists()
     monkeypatch.undo()
     assert go(csv, tmp_path / "run", *more, "--resume") == (0, rows)
-    assert (tmp_path / "base.safetensors").exists() and not (tmp_path / "run" / "state.pt").exists()
+    assert (tmp_path / "base.safetensors").exists() and not (tmp_path / "run" / "state.safetensors").exists()
 
 
 def test_a_base_saved_from_an_adapter_run_has_the_update_folded_in(csv, tmp_path):
