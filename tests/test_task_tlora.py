@@ -820,12 +820,13 @@ def test_merged_equals_unmerged_with_different_ranks(dtype, bound):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_A_takes_the_models_dtype(dtype):
+def test_A_is_the_plans_in_float32_whatever_the_models_dtype(dtype):
     model, plan, names = adapted(dtype)
     for name in names:
         layer = model.get_submodule(name)
-        assert layer.A.dtype == layer.B.dtype == dtype and plan[name].A.dtype == torch.float64
-        assert torch.equal(layer.A, plan[name].A.to(dtype))
+        assert layer.base.weight.dtype == dtype and plan[name].A.dtype == torch.float64
+        assert layer.A.dtype == layer.B.dtype == torch.float32
+        assert torch.equal(layer.A, plan[name].A.float())
 
 
 def test_watch_and_describe_are_plain_numbers():
