@@ -1,19 +1,23 @@
 """The behaviour that every low-rank method must have, on our encoder, our decoder and a plain nn.Sequential."""
 
 import ast
+import contextlib
 import copy
 import importlib
 import inspect
+import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from model import Config, Transformer
+from model import Config, Transformer, default_targets
 
 # method: the parameters each of its layers trains
 METHODS = {
@@ -424,3 +428,421 @@ def test_merging_keeps_a_float32_bias_on_a_bfloat16_weight(method):
     assert model[0] is linear and linear.bias.dtype == torch.float32 and torch.equal(linear.bias, bias)
     assert not torch.equal(bias, bias.bfloat16())
     assert torch.equal(linear.weight, (weight.float() + P @ Q).bfloat16()) and not torch.equal(linear.weight, weight)
+
+
+# ------------------------------------------------------------------ which layers, and what is refused
+
+
+def inject_only(method, model, targets, exclude=(), **options):
+    module = importlib.import_module(method)
+    return module, module.inject(model, targets, exclude, **options)
+
+
+@methods
+def test_exclude_leaves_layers_plain_by_their_ends_or_full_names(method):
+    case = Case("encoder")
+    module, names = inject_only(method, case.model, SIX, ["k_proj", "blocks.0.up_proj"], rank=2)
+    every = [f"blocks.{i}.{name}" for i in (0, 1) for name in SIX]
+    left = {"blocks.0.k_proj", "blocks.1.k_proj", "blocks.0.up_proj"}
+    assert names == [name for name in every if name not in left]
+    assert {name for name in every if type(case.model.get_submodule(name)) is nn.Linear} == left
+    case = Case("encoder")
+    assert module.inject(case.model, SIX, exclude="k_proj", rank=2) == [name for name in every if "k_proj" not in name]
+    for exclude, words in [(["nope"], "exclude 'nope' matches no nn.Linear; names end in: down_proj"),
+                           (SIX, "every layer that the targets name is excluded")]:  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            inject_only(method, Case("encoder").model, SIX, exclude, rank=2)
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match=r"rank 17 does not fit layer blocks.0.q_proj \(16, 16\): .* or exclude it"):
+        inject_only(method, Case("encoder").model, ["q_proj"], rank=17)
+
+
+def test_calibration_excludes_the_same_layers():
+    module, case = importlib.import_module("task_tlora"), Case("encoder")
+    plan = module.calibrate(case.model, SIX, [[0], [1]], case.loss, ["k_proj"], rank=2)
+    assert set(plan) == {f"blocks.{i}.{name}" for i in (0, 1) for name in SIX if name != "k_proj"}
+    assert set(module.inject(case.model, SIX, "k_proj", plan=plan)) == {name for name in plan if plan[name].rank}
+
+
+def packed(kind):
+    """A linear layer as quantisers leave it: bitsandbytes' classes of parameters, torchao's tensors, an int8 weight, float8."""
+    linear = nn.Linear(8, 8)
+    if kind == "Params4bit":  # half as many bytes as numbers, in one column
+
+        class Params4bit(nn.Parameter):
+            pass
+
+        linear.weight = Params4bit(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    elif kind == "Int8Params":  # not yet quantised: that happens on the way to the GPU
+
+        class Int8Params(nn.Parameter):
+            pass
+
+        linear.weight = Int8Params(torch.zeros(8, 8, dtype=torch.float16), requires_grad=False)
+    elif kind == "QuantizedTensor":  # says that it is of float32
+
+        class QuantizedTensor(torch.Tensor):
+            pass
+
+        linear.weight = nn.Parameter(torch.zeros(8, 8).as_subclass(QuantizedTensor), requires_grad=False)
+        assert linear.weight.is_floating_point()
+    elif kind == "Tensor":
+        nn.utils.parametrizations.weight_norm(linear)
+    else:
+        linear.weight = nn.Parameter(torch.zeros(8, 8).to(getattr(torch, kind)), requires_grad=False)
+    return linear
+
+
+@methods
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [("Params4bit", "uint8"), ("Int8Params", "float16"), ("QuantizedTensor", "float32"), ("Tensor", "float32"),
+     ("int8", "int8"), ("float8_e4m3fn", "float8_e4m3fn")],
+)  # fmt: skip
+def test_packed_weights_are_refused_in_words(method, kind, dtype):
+    model = nn.Sequential(nn.Linear(8, 8), packed(kind))
+    name = kind if kind != dtype else "Parameter"
+    with pytest.raises(ValueError) as error:
+        inject_only(method, model, ["0", "1"])
+    assert f"layer 1 is not adapted: its weight is a {name} of {dtype}, not a plain Parameter" in str(error.value)
+    assert "\n" not in str(error.value) and type(model[0]) is nn.Linear and model[0].weight.requires_grad
+    assert inject_only(method, model, ["0", "1"], ["1"], rank=2)[1] == ["0"]
+
+
+@methods
+def test_a_layer_can_be_called_by_keyword(method):
+    case = Case("sequential")
+    plain = case.model[0]
+    before = plain(input=case.inputs)
+    inject_only(method, case.model, ["0"], rank=2)
+    assert case.model[0] is not plain and torch.equal(case.model[0](input=case.inputs), before)
+
+
+@methods
+def test_a_model_on_the_meta_device_can_be_wrapped_to_count(method):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 6))
+    real = nn.Sequential(nn.Linear(8, 6))
+    for m in (model, real):
+        module, names = inject_only(method, m, ["0"], rank=2)
+    count = {name: p.shape for name, p in real.named_parameters() if p.requires_grad}
+    assert {name: p.shape for name, p in model.named_parameters() if p.requires_grad} == count and count
+    assert all(t.is_meta for t in model.state_dict().values() if t.dtype != torch.float64)  # the scaling is a number
+    model.to_empty(device="cpu")
+    model.load_state_dict(real.state_dict())
+    assert torch.equal(model(torch.ones(2, 8)), real(torch.ones(2, 8)))
+
+
+class Reader(nn.Module):
+    """Mamba's way with dt_proj: computes with a layer's weight. `called` is called, after a look at its dtype as T5 does."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.called, self.dt_proj, self.unused = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x):
+        x = self.called(x.to(self.called.weight.dtype))
+        return self.dt_proj.weight @ x.mT + self.dt_proj.bias[:, None]
+
+
+@methods
+def test_a_layer_that_is_read_and_never_called_is_not_merged(method):
+    torch.manual_seed(0)
+    model, x = Reader(), torch.randn(3, 8)
+    module, _ = inject_only(method, model, ["called", "dt_proj", "unused"], rank=2)
+    assert module.merge(model) == ["called", "dt_proj", "unused"]  # before any forward pass nothing is known
+    module.inject(model, ["called", "dt_proj", "unused"], rank=2)
+    model.dt_proj.weight.dtype  # a look from outside, before any call
+    assert len(module.merge(copy.deepcopy(model))) == 3
+    model(x)
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        module.merge(model)
+    assert str(error.value) == (
+        "layer dt_proj is read and never called, so its update did nothing and is not to be merged: "
+        "train with exclude=['dt_proj'], or put dt_proj.base in its place"
+    )
+    assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())  # `called` is not merged either
+    model.dt_proj = model.dt_proj.base  # as the message says
+    before = model(x)
+    assert module.merge(model) == ["called", "unused"]  # an expert without a token is no mistake
+    assert (model(x) - before).abs().max() < 1e-6
+
+
+@methods
+def test_mambas_dt_proj_is_found_out(method):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=20, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=4)
+    model = transformers.MambaForCausalLM(config)
+    targets = ["in_proj", "x_proj", "dt_proj", "out_proj"]
+    module, names = inject_only(method, copy.deepcopy(model), targets, "dt_proj", rank=2)
+    assert len(names) == 3
+    inject_only(method, model, targets, rank=2)
+    model(torch.randint(20, (2, 5)))
+    with pytest.raises(ValueError, match="layers.0.mixer.dt_proj is read and never called"):
+        module.merge(model)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.ones(4, 6, 5))
+
+
+@methods
+def test_experts_in_one_parameter_are_told_of_with_their_share(method, recwarn):
+    blocks = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(6, 10), "conv": nn.Conv1d(5, 2, 1, bias=False)})])
+    model = nn.ModuleDict({"blocks": blocks, "outside": Experts()})
+    inject_only(method, copy.deepcopy(model), ["proj"], rank=2)
+    assert not recwarn.list  # a convolution's weight has three dimensions too; what is outside is no block's
+    blocks[0]["experts"] = Experts()
+    with pytest.warns(UserWarning, match="60% of the blocks' numbers are experts kept as 3-D parameters: .* not adapted"):
+        inject_only(method, model, ["proj"], rank=2)
+    assert 120 / (120 + 70 + 10) == 0.6
+
+
+@pytest.mark.parametrize("family, share", [("Mixtral", "84%"), ("Qwen2Moe", "65%")])
+def test_mixtures_of_experts_of_transformers(family, share):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1}  # fmt: skip
+    own = {"num_local_experts": 4} if family == "Mixtral" else {
+        "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts_per_tok": 2
+    }  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes, **own))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        targets = default_targets(model)
+    narrow = ["too narrow for an adapter, left out: shared_expert_gate"] if family == "Qwen2Moe" else []
+    assert [str(w.message) for w in seen] == narrow and not any("gate" in t.split(".")[-1].split("_")[-1] for t in targets)
+    with pytest.warns(UserWarning, match=f"{share} of the blocks' numbers are experts"):
+        assert importlib.import_module("tlora").inject(model, targets, rank=8) == targets
+
+
+# ---------------------------------------------------------------------- save and load, from one file
+
+
+def saved_case(method, path, kind="encoder"):
+    """A trained adapter at `path`: ranks that differ, where the method has such, and layers of rank 0."""
+    options = {"triadapt": {"rank_ref": 4, "delta": 2, "interval": 2, "t0": 1, "preserve": True, "dropout": 0.1},
+               "tlora_plus": {"rank1": 2, "rank2": 3, "train": "bc", "ratio": "summed"},
+               "tlora": {"dropout": 0.25}, "baselines.lora": {"alpha": 5.0},
+               "task_tlora": {"train_a": True}}[method]  # fmt: skip
+    case = Case(kind)
+    module = importlib.import_module(method)
+    if method == "task_tlora":
+        scores = torch.arange(len(SIX) * 2.0).tolist()
+        ranks = module.allocate_ranks(scores, 30, [16] * 12)
+        options["plan"] = {
+            f"blocks.{i // 6}.{SIX[i % 6]}": module.Allocation(r, 0.1 + i / 7, share=i / 66) for i, r in enumerate(ranks)
+        }
+        assert 0 in ranks and len(set(ranks)) > 3
+    else:
+        options["rank"] = 2
+    case.names = module.inject(case.model, case.targets, **options)
+    case.model.head.requires_grad_(True)
+    optimizer = torch.optim.AdamW(module.param_groups(case.model, lr=0.02, weight_decay=0.0))
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        case.loss(case.model).backward()
+        optimizer.step()
+        if hasattr(module, "after_step"):
+            module.after_step(case.model, optimizer, step, 20)
+    case.model.eval()
+    module.save(case.model, path)
+    return module, case
+
+
+def layers_of(model):
+    return {name: m for name, m in model.named_modules() if hasattr(m, "factors")}
+
+
+@methods
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_adapter_is_saved_and_loaded_to_the_bit(method, installed, tmp_path, monkeypatch):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "safetensors", None)
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    path = tmp_path / "adapter.file"
+    module, case = saved_case(method, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter.file"]
+    assert (path.read_bytes()[:2] == b"PK") == (not installed)
+    expected = case.model(case.inputs)
+    fresh = Case("encoder")
+    fresh.model.eval()
+    assert not torch.equal(fresh.model(fresh.inputs), expected)
+    torch.manual_seed(12345)
+    assert module.load(fresh.model, path) == case.names
+    assert torch.equal(fresh.model(fresh.inputs), expected)
+    ours, theirs = layers_of(case.model), layers_of(fresh.model)
+    assert [(name, m.options) for name, m in ours.items()] == [(name, m.options) for name, m in theirs.items()]
+    if method in ("triadapt", "task_tlora"):
+        assert len({m.rank for m in theirs.values()}) > 1
+        assert module.watch(case.model) == module.watch(fresh.model)
+    state, other = case.model.state_dict(), fresh.model.state_dict()
+    assert state.keys() == other.keys() and all(torch.equal(t, other[key]) for key, t in state.items())
+    flags = {name: p.requires_grad for name, p in case.model.named_parameters()}
+    assert {name: p.requires_grad for name, p in fresh.model.named_parameters()} == flags and flags["head.weight"]
+    rates = [[g["lr"] for g in module.param_groups(c.model, 0.1, 0.0)] for c in (case, fresh)]
+    assert rates[0] == rates[1]  # TLoRA+'s ratio is known again
+    for c in (case, fresh):  # and it trains on, the same way
+        torch.manual_seed(3)
+        c.train(module, 3, torch.optim.AdamW, 0.01)
+    state, other = case.model.state_dict(), fresh.model.state_dict()
+    assert all(torch.equal(t, other[key]) for key, t in state.items())
+    assert not torch.equal(case.model(case.inputs), expected)
+    module.merge(case.model), module.merge(fresh.model)
+    assert torch.equal(case.model(case.inputs), fresh.model(case.inputs))
+
+
+@methods
+def test_what_is_in_the_file_is_what_was_trained_or_drawn_and_no_base(method, tmp_path):
+    module, case = saved_case(method, tmp_path / "a")
+    tensors, metadata = module.read_adapter(tmp_path / "a", method.rpartition(".")[2])
+    base = {name for name in Case("encoder").model.state_dict() if not name.startswith("head")}
+    trained = {name for name, p in case.model.named_parameters() if p.requires_grad}
+    assert not base & {name.replace(".base.", ".") for name in tensors}
+    assert trained <= set(tensors) and {"head.weight", "head.bias"} <= trained == set(metadata["trained"])
+    drawn = {"tlora": {"A", "C"}, "tlora_plus": {"A"}}.get(method, set())
+    assert {f"{name}.{key}" for name in case.names for key in drawn} <= set(tensors) - trained
+    assert list(metadata["layers"]) == case.names
+    with safe_open(tmp_path / "a", "pt") as f:
+        assert f.metadata().keys() == {"method", "layers", "trained"}
+
+
+@methods
+@pytest.mark.parametrize("dtype", HALF)
+def test_an_adapter_of_a_half_precision_base_with_a_trained_bias_is_the_same_again(method, dtype, tmp_path):
+    module, model, loss = adapt_half(method, dtype)
+    train_half(module, model, loss, 1e-2, steps=3)
+    model[0].base.bias.requires_grad_(True).data.add_(0.5)
+    module.save(model, tmp_path / "a")
+    fresh, x, _ = half_base(dtype)
+    assert not torch.equal(fresh[0].bias, model[0].bias)
+    module.load(fresh, str(tmp_path / "a"))
+    assert torch.equal(fresh(x), model(x)) or method == "tlora"  # it drops out
+    assert torch.equal(fresh.eval()(x), model.eval()(x)) and fresh[0].A.dtype == torch.float32
+    assert fresh[0].base.bias.requires_grad and not fresh[0].base.weight.requires_grad
+
+
+@methods
+def test_a_loaded_adapter_merges_without_a_forward_pass(method, tmp_path):
+    module, case = saved_case(method, tmp_path / "a")
+    fresh = Case("encoder")
+    module.load(fresh.model.eval(), tmp_path / "a")
+    assert module.merge(fresh.model) == case.names
+    error = (fresh.model(case.inputs) - case.model(case.inputs)).abs().max().item()
+    print("merge error", error)
+    assert error < 1e-5
+
+
+@methods
+def test_a_file_that_does_not_fit_is_refused_in_one_line_before_anything_changes(method, tmp_path):
+    path = tmp_path / "adapter"
+    module, case = saved_case(method, path)
+    name = method.rpartition(".")[2]
+    tensors, metadata = module.read_adapter(path, name)
+    other = next(m for m in METHODS if m != method)
+    saved_case(other, tmp_path / "other")
+    first = case.names[0]
+
+    def variant(file, change=None, **more):
+        kept = dict(tensors)
+        if change:
+            change(kept)
+        module.write_adapter(tmp_path / file, kept, metadata | more)
+        return tmp_path / file
+
+    (tmp_path / "damaged").write_bytes(path.read_bytes()[:-20])
+    (tmp_path / "text").write_text("hello, this is no adapter")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights")
+    torch.save({"tensors": {"code": print}, "metadata": {}}, tmp_path / "code")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "plain", {"format": "pt"})
+    narrow = Transformer(Config(40, 32, 2, 2, 24), "classification", 3)
+    classes = Transformer(Config(40, 16, 2, 2, 24), "classification", 4)
+    meta = Case("encoder").model.to("meta")
+    wrapped = Case("encoder").model
+    module.inject(wrapped, ["q_proj"], rank=2)
+    key = f"{first}.B"
+    for model, file, words in [
+        (None, tmp_path / "other", f"is an adapter of {other.rpartition('.')[2]}, not of {name}"),
+        (None, tmp_path / "absent", "absent cannot be read: [Errno 2] No such file or directory"),
+        (None, tmp_path / "damaged", "damaged cannot be read"),
+        (None, tmp_path / "text", "text cannot be read"),
+        (None, tmp_path / "weights", "weights is not a file that `save` wrote"),
+        (None, tmp_path / "code", "code cannot be read: Weights only load failed"),
+        (None, tmp_path / "plain", "plain is not a file that `save` wrote"),
+        (narrow, path, "adapter does not fit: blocks.0.down_proj."),
+        (classes, path, "adapter does not fit: head.bias is (3,) in the file, (4,) in the model"),
+        (nn.Sequential(nn.Linear(4, 4)), path, f"it adapts {first}, and the model has no nn.Linear of that name"),
+        (nn.ModuleDict({"more": Case("encoder").model}), path, f"it adapts {first}, and the model has no nn.Linear"),
+        (wrapped, path, "the model is adapted already (blocks.0.q_proj): merge it first"),
+        (meta, path, "the model is on the meta device"),
+        (None, variant("lacks", lambda t: t.pop(key)), f"lacks does not fit: {key} is missing in the file"),
+        (None, variant("odd", lambda t: t.update(odd=torch.zeros(2))), "odd is (2,) in the file, missing in the model"),
+        (None, variant("head", lambda t: t.update({"head.bias": torch.zeros(2)})), "head.bias is (2,) in the file, (3,) in"),
+    ]:
+        model = model or Case("encoder").model
+        before = {key: t.clone() for key, t in model.state_dict().items()}
+        flags = [p.requires_grad for p in model.parameters()]
+        with pytest.raises(ValueError) as error:
+            module.load(model, file)
+        assert words in str(error.value) and "\n" not in str(error.value), str(error.value)
+        assert list(model.state_dict()) == list(before) and [p.requires_grad for p in model.parameters()] == flags
+        assert model is meta or all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    with pytest.raises(ValueError, match="nothing to save"):
+        module.save(Case("encoder").model, tmp_path / "x")
+    with monkeypatched_without_safetensors(), pytest.raises(ValueError, match="cannot be read: .*safetensors"):
+        module.load(Case("encoder").model, path)
+
+
+@contextlib.contextmanager
+def monkeypatched_without_safetensors():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "safetensors", None)
+        yield
+
+
+@methods
+def test_a_save_that_fails_leaves_the_file_of_before(method, tmp_path, monkeypatch):
+    path = tmp_path / "adapter"
+    module, case = saved_case(method, path)
+    before = path.read_bytes()
+    case.train(module, 1, lr=0.1)
+    monkeypatch.setattr(module.os, "fsync", lambda descriptor: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.save(case.model, path)
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    module.save(case.model, path)
+    assert path.read_bytes() != before
+
+
+@methods
+def test_a_copied_file_saves_and_loads_with_torch_and_the_standard_library_alone(method, tmp_path):
+    """In a process that finds neither this project nor safetensors, nor numpy."""
+    source = inspect.getsourcefile(importlib.import_module(method))
+    (tmp_path / "copied.py").write_text(open(source, encoding="utf-8").read(), encoding="utf-8")
+    code = """
+import sys
+sys.modules["safetensors"] = None
+import torch, copied
+build = lambda: (torch.manual_seed(0), torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)))[1]
+model, x = build(), torch.ones(3, 6)
+copied.inject(model, ["0"], rank=2)
+model[1].requires_grad_(True)
+optimizer = torch.optim.AdamW(copied.param_groups(model, 0.1, 0.0))
+for _ in range(3):
+    optimizer.zero_grad(); model(x).square().sum().backward(); optimizer.step()
+copied.save(model, "adapter")
+fresh = build()
+assert not torch.equal(fresh.eval()(x), model.eval()(x))
+copied.load(fresh, "adapter")
+assert torch.equal(fresh(x), model(x))
+assert not {"checkpoint", "model", "train", "tlora", "baselines"} & set(sys.modules)
+print("copied")
+"""
+    result = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.')\n" + code],
+                            cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    assert result.stdout == "copied\n", result.stderr
