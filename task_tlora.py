@@ -97,7 +97,7 @@ class TaskTLoRALinear(nn.Module):
         return self.scaling * self.B, self.A
 
     def forward(self, input):
-        self.called = True
+        self.__dict__["called"] = True  # nn.Module's own way to set it takes a hundred times as long
         x = input  # (..., n), under nn.Linear's name for it: some callers use keywords
         h = F.dropout(x, self.dropout, self.training)  # (..., n)
         h = F.linear(h, self.A.to(x.dtype))  # (..., r)

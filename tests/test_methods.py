@@ -546,6 +546,20 @@ class Reader(nn.Module):
 
 
 @methods
+def test_compiled_the_layer_is_called_as_well_and_is_not_compiled_twice(method):
+    module, model, loss = adapt_half(method, torch.bfloat16)
+    model.eval()
+    x = torch.randn(4, 96).bfloat16()
+    expected = model(x)
+    model[0].called = False
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert all(torch.equal(compiled(x), expected) for _ in range(3))
+    assert model[0].called
+
+
+@methods
 def test_a_layer_that_is_read_and_never_called_is_not_merged(method):
     torch.manual_seed(0)
     model, x = Reader(), torch.randn(3, 8)
@@ -600,6 +614,15 @@ def test_experts_in_one_parameter_are_told_of_with_their_share(method, recwarn):
     with pytest.warns(UserWarning, match="60% of the blocks' numbers are experts kept as 3-D parameters: .* not adapted"):
         inject_only(method, model, ["proj"], rank=2)
     assert 120 / (120 + 70 + 10) == 0.6
+
+
+def test_default_targets_leave_out_what_has_one_output_and_say_so(recwarn):
+    block = nn.ModuleDict({"proj": nn.Linear(4, 2), "gate": nn.Linear(4, 1), "scale": nn.Linear(1, 4), "fold": nn.Linear(2, 4)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block, copy.deepcopy(block)]), "head": nn.Linear(4, 1)})
+    assert default_targets(model) == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("proj", "fold")]
+    assert [str(w.message) for w in recwarn.list] == ["too narrow for an adapter, left out: gate, scale"]
+    model["blocks"] = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(4, 2)})])
+    assert default_targets(model) == ["blocks.0.proj"] and len(recwarn.list) == 1
 
 
 @pytest.mark.parametrize("family, share", [("Mixtral", "84%"), ("Qwen2Moe", "65%")])
