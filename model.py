@@ -14,6 +14,7 @@ Hugging Face model alike: `logits`, `generate`, `default_targets`, `head_modules
 import json
 import math
 import os
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
@@ -269,9 +270,17 @@ def generate(model, prompts, max_new, stop_id, drafts=None):
 
 
 def default_targets(model):
-    """Full dotted names of every nn.Linear in the transformer blocks, that is, inside an nn.ModuleList."""
+    """Full dotted names of every nn.Linear in the transformer blocks, that is, inside an nn.ModuleList.
+
+    A layer of one output or one input (Qwen2-MoE's shared_expert_gate) is left out, with a warning: an update of
+    rank 1 has more numbers than the layer.
+    """
     lists = tuple(name + "." for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(lists)]
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(lists)}
+    wide = [name for name, m in linears.items() if min(m.out_features, m.in_features) > 1]
+    if narrow := sorted({name.rpartition(".")[2] for name in linears.keys() - wide}):
+        warnings.warn(f"too narrow for an adapter, left out: {', '.join(narrow)}")
+    return wide
 
 
 def head_modules(model):

@@ -11,14 +11,19 @@ How the three rates must differ is derived in the paper's Sec. 3.2, and line by 
 start at `loss_change`. This file needs torch alone; copy it and call
 
     names = inject(model, ["q_proj", "v_proj"], rank=8, ratio="4")
+    model.score.requires_grad_(True)    # the task head, whatever its name: inject froze it too
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-4, weight_decay=0.1))
     ...                                 # train as usual
+    save(model, "adapter.safetensors")  # `load` puts it on the base model again
     merge(model)                        # back to plain nn.Linear layers
 
 `python tlora_plus.py` shows it on one layer.
 """
 
+import json
 import math
+import os
+import warnings
 from typing import Literal, get_args
 
 import torch
@@ -32,7 +37,8 @@ class TLoRAPlusLinear(nn.Module):
     def __init__(self, base, rank1, rank2, train, init_b, ratio):
         super().__init__()
         m, n = base.weight.shape
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        # At least float32, whatever the base: a step of 1e-4 is rounded away beside a bfloat16 weight of 0.1.
+        like = {"dtype": torch.promote_types(base.weight.dtype, torch.float32), "device": base.weight.device}
         self.base = base
         self.ratio = ratio  # for param_groups
         for letter, shape in {"A": (rank2, n), "B": (rank1, rank2), "C": (m, rank1)}.items():
@@ -46,20 +52,41 @@ class TLoRAPlusLinear(nn.Module):
             else:
                 self.register_buffer(letter, matrix)
 
-    # Some models look at their layers instead of calling them (T5 asks for wo.weight.dtype).
-    weight = property(lambda self: self.base.weight)
+    called = weight_read = False  # `merge` looks at these
+
+    # Some models look at their layers (T5 asks for wo.weight.dtype), a few compute with the weight themselves.
+    @property
+    def weight(self):
+        self.weight_read = True
+        return self.base.weight
+
     bias = property(lambda self: self.base.bias)
     in_features = property(lambda self: self.base.in_features)
     out_features = property(lambda self: self.base.out_features)
+
+    @property
+    def options(self):
+        """What `load` gives to __init__; B's start does not matter then."""
+        train = "".join(letter for letter in "abc" if letter.upper() in self._parameters)
+        r1, r2 = self.B.shape
+        return {"rank1": r1, "rank2": r2, "train": train, "init_b": "zero", "ratio": self.ratio}
 
     def factors(self):
         """P (m, r2), Q (r2, n) with dW = P @ Q, B absorbed in P."""
         return self.C @ self.B, self.A
 
-    def forward(self, x):
-        h = F.linear(x, self.A)  # (..., r2)
-        h = F.linear(h, self.B)  # (..., r1)
-        return self.base(x) + F.linear(h, self.C)  # Eq. 2: (..., m)
+    def forward(self, input):
+        self.__dict__["called"] = True  # nn.Module's own way to set it takes a hundred times as long
+        x = input  # (..., n), under nn.Linear's name for it: some callers use keywords
+        h = F.linear(x, self.A.to(x.dtype))  # (..., r2)
+        h = F.linear(h, self.B.to(x.dtype))  # (..., r1)
+        return self.base(x) + F.linear(h, self.C.to(x.dtype))  # Eq. 2: (..., m)
+
+    def _apply(self, fn, recurse=True):
+        """.to(dtype), .half(), .cuda() and the like: the base follows, the update stays at least float32."""
+        if recurse:
+            self.base._apply(fn)
+        return super()._apply(at_least_float32(fn), recurse=False)
 
 
 # ------------------------------------------------------ the learning-rate ratios (Sec. 3.2)
@@ -158,6 +185,7 @@ def parse_ratio(ratio):
 def inject(
     model,
     targets,
+    exclude=(),
     *,
     rank: int = 8,
     rank1: int = 0,
@@ -168,8 +196,9 @@ def inject(
 ):
     """Freeze `model` and wrap every nn.Linear whose dotted name ends in one of `targets`.
 
-    A target that is a layer's full name means that layer alone. Returns the names wrapped, in the
-    model's order. ValueError if a target matches nothing, a rank does not fit a layer, or an option is
+    A target that is a layer's full name means that layer alone; `exclude` names, in the same words, layers
+    to leave as they are. The task head is frozen too: unfreeze it afterwards. Returns the names wrapped, in
+    the model's order. ValueError if a target matches nothing, a rank does not fit a layer, or an option is
     unknown.
 
     Options:
@@ -183,14 +212,14 @@ def inject(
             the run's (4 to 8 is the paper's advice, 1 is plain AdamW); paper and summed give B the run's
             and derive A's and C's from each layer's shape
     """
-    linears = find_linears(model, targets)
+    linears = find_linears(model, targets, exclude)
     rank1, rank2 = rank1 or rank, rank2 or rank
     for name, linear in linears.items():
         for r in (rank1, rank2):
             if not 1 <= r <= min(linear.weight.shape):
                 raise ValueError(
                     f"rank {r} does not fit layer {name} {tuple(linear.weight.shape)}: "
-                    f"allowed are 1 to {min(linear.weight.shape)}"
+                    f"allowed are 1 to {min(linear.weight.shape)}, or exclude it"
                 )
     for option, value in (("train", train), ("init_b", init_b)):
         allowed = get_args(inject.__annotations__[option])
@@ -228,60 +257,214 @@ def merge(model):
     """Fold dW into W0 and give the plain nn.Linear back; returns the names merged.
 
     Summed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped,
-    so a second merge is refused.
+    so a second merge is refused, and if the model reads a layer's weight and never calls the layer.
     """
     wrapped = {name: m for name, m in model.named_modules() if isinstance(m, TLoRAPlusLinear)}
     if not wrapped:
         raise ValueError("nothing to merge: the model holds no TLoRAPlusLinear (merged already?)")
+    check_called(wrapped)
     for name, layer in wrapped.items():
-        dtype = layer.base.weight.dtype
-        layer.to(torch.promote_types(dtype, torch.float32))
         P, Q = layer.factors()
-        layer.base.weight += P @ Q
-        replace(model, name, layer.base.to(dtype))
+        layer.base.weight.copy_(layer.base.weight + P @ Q)  # P @ Q is float32 at least, and so is the sum
+        replace(model, name, layer.base)
     return list(wrapped)
 
 
-# ------------------------------------------------- walking the modules (the same in every file)
+def save(model, path):
+    """Write the adapter alone: all that is trained (the task head too), what was drawn, and how to wrap it again.
+
+    safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
+    neither. ValueError if nothing is wrapped.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, TLoRAPlusLinear)}
+    if not layers:
+        raise ValueError("nothing to save: the model holds no TLoRAPlusLinear (merged already?)")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = {f"{name}.{key}": t for name, layer in layers.items() for key, t in own_state(layer).items()}
+    options = {name: layer.options for name, layer in layers.items()}
+    write_adapter(path, trained | own, {"method": "tlora_plus", "layers": options, "trained": list(trained)})
 
 
-def find_linears(model, targets):
-    """{dotted name: nn.Linear} for the layers that `targets` name. ValueError as `inject` says."""
-    targets = [targets] if isinstance(targets, str) else list(targets)
+def load(model, path):
+    """Wrap the layers of a base model as those of the saved one were, and fill them; returns their names.
+
+    The model is ready for more training or for `merge`. Build the optimizer afterwards. ValueError, before
+    anything is changed, if the file is another method's or does not fit the model.
+    """
+    tensors, metadata = read_adapter(path, "tlora_plus")
+    layers = {}
+    for name, linear in find_saved(model, path, metadata["layers"]).items():
+        layers[name] = TLoRAPlusLinear(linear, **metadata["layers"][name]).train(linear.training)
+    place_saved(model, path, layers, tensors, metadata["trained"])
+    return list(layers)
+
+
+# ------------------------------------- walking the modules, and files (the same in every file)
+
+
+def find_linears(model, targets, exclude=()):
+    """{dotted name: nn.Linear} for the layers that `targets` name and `exclude` does not. ValueError as `inject` says."""
     modules = dict(model.named_modules())
     adapted = [name for name, m in modules.items() if hasattr(m, "factors")]
     if adapted:
         raise ValueError(f"the model is adapted already ({adapted[0]}): merge it first")
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
-    found = set()
-    for target in targets:
-        if target in linears:
-            hits = [target]
-        else:
-            hits = [name for name in linears if name.endswith("." + target)]
-        if not hits:
-            ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise ValueError(f"target '{target}' matches no nn.Linear; names end in: {', '.join(ends)}")
-        found.update(hits)
+    named = match(linears, targets, "target")
+    found = named - match(linears, exclude, "exclude")
     if not found:
-        raise ValueError("no targets given")
+        raise ValueError("every layer that the targets name is excluded" if named else "no targets given")
     owners = {}  # parameter -> the modules that hold it, a module with two names twice
     for name, module in model.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
             owners.setdefault(p, []).append(name)
     for name in sorted(found):
-        if len(owners[linears[name].weight]) > 1:
-            raise ValueError(f"layer {name} is not adapted: {owners[linears[name].weight]} share its weight")
-        parent = type(modules[name.rpartition(".")[0]])
+        weight, parent = linears[name].weight, type(modules[name.rpartition(".")[0]])
+        # Packed 4- and 8-bit numbers are a class or a dtype of their own; a parametrized weight is no Parameter.
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            kind = f"a {type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
+            raise ValueError(
+                f"layer {name} is not adapted: its weight is {kind}, not a plain Parameter of 16 bits or more: "
+                "load the model unquantised, or exclude the layer"
+            )
+        if len(owners[weight]) > 1:
+            raise ValueError(f"layer {name} is not adapted: {owners[weight]} share its weight")
         if issubclass(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(f"layer {name} is not adapted: nn.{parent.__name__} reads its weight, not calling it")
+    if share := experts_share(modules):
+        warnings.warn(f"{share:.0%} of the blocks' numbers are experts kept as 3-D parameters: these are not adapted")
     return {name: linear for name, linear in linears.items() if name in found}
+
+
+def match(linears, words, option):
+    """The set of names that end in one of `words`; a word that is a layer's full name means that layer alone."""
+    found = set()
+    for word in [words] if isinstance(words, str) else words:
+        hits = [word] if word in linears else [name for name in linears if name.endswith("." + word)]
+        if not hits:
+            ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ValueError(f"{option} '{word}' matches no nn.Linear; names end in: {', '.join(ends)}")
+        found.update(hits)
+    return found
+
+
+def experts_share(modules):
+    """Which share of the numbers in the blocks (what is inside an nn.ModuleList) stands in 3-D parameters.
+
+    Mixtral and Qwen-MoE keep their experts so, as one parameter (experts, m, n). Convolutions are 3-D as well.
+    """
+    lists = tuple(name + "." for name, m in modules.items() if isinstance(m, nn.ModuleList))
+    numbers = {False: 0, True: 0}
+    for name, module in modules.items():
+        if name.startswith(lists):
+            for p in module.parameters(recurse=False):
+                numbers[p.ndim == 3 and not type(module).__module__.startswith("torch.")] += p.numel()
+    return numbers[True] / max(sum(numbers.values()), 1)
 
 
 def replace(model, name, module):
     """Put `module` where the dotted `name` points to."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def at_least_float32(move):
+    """`move`, what .to(), .half(), .cuda() and the like do to a tensor, but that nothing gets narrower than float32."""
+
+    def moved(t):
+        new = move(t)
+        wide = torch.promote_types(new.dtype, torch.float32)
+        return new if new.dtype == wide else t.to(new.device, wide)
+
+    return moved
+
+
+def check_called(layers):
+    """ValueError if the model computes with a layer's weight (Mamba's dt_proj) instead of calling the layer.
+
+    The layer's update has no part in what such a model computes. Nothing is known before the first forward pass.
+    """
+    if any(layer.called for layer in layers.values()):
+        for name, layer in layers.items():
+            if layer.weight_read and not layer.called:
+                raise ValueError(
+                    f"layer {name} is read and never called, so its update did nothing and is not to be merged: "
+                    f"train with exclude=['{name.rpartition('.')[2]}'], or put {name}.base in its place"
+                )
+
+
+def write_adapter(path, tensors, metadata):
+    """One file, as safetensors if that is installed, else as torch's. A temporary name first: a kill leaves no half."""
+    # Copies: safetensors refuses parameters that share memory.
+    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    temporary = f"{path}.tmp"
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        torch.save({"tensors": tensors, "metadata": metadata}, temporary)
+    else:
+        save_file(tensors, temporary, metadata)
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def read_adapter(path, method):
+    """(tensors, metadata) of a file of `write_adapter`; no code in it is run. ValueError if it is not `method`'s."""
+    try:
+        with open(path, "rb") as f:
+            zipped = f.read(2) == b"PK"  # as torch's files are, and safetensors' are not
+        if zipped:
+            file = torch.load(path, "cpu", weights_only=True)
+            tensors, metadata = file.get("tensors"), file.get("metadata")
+        else:
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as f:
+                tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+    except Exception as e:  # no such file, no safetensors, damaged: each raises a kind of its own
+        raise ValueError(f"{path} cannot be read: {e}".splitlines()[0]) from None
+    if not {"method", "layers", "trained"} <= set(metadata or ()):
+        raise ValueError(f"{path} is not a file that `save` wrote")
+    metadata = {key: json.loads(value) for key, value in metadata.items()}
+    if metadata["method"] != method:
+        raise ValueError(f"{path} is an adapter of {metadata['method']}, not of {method}")
+    return tensors, metadata
+
+
+def find_saved(model, path, names):
+    """{name: nn.Linear} for the layers `names` of an adapter file. ValueError if the model lacks one."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if not isinstance(modules.get(name), nn.Linear) and not hasattr(modules.get(name), "factors"):
+            raise ValueError(f"{path} does not fit: it adapts {name}, and the model has no nn.Linear of that name")
+    linears = find_linears(model, names)
+    if any(linear.weight.is_meta for linear in linears.values()):
+        raise ValueError("the model is on the meta device, without numbers: load its own first, then the adapter")
+    return linears
+
+
+def place_saved(model, path, layers, tensors, trained):
+    """Put the new `layers` into the model, then `tensors` into both. ValueError before anything of the model changes."""
+    have = dict(model.named_parameters())
+    for name, layer in layers.items():
+        have.update({f"{name}.{key}": t for key, t in layer.state_dict().items()})
+    need = {f"{name}.{key}" for name, layer in layers.items() for key in own_state(layer)}
+    for key in sorted(need | tensors.keys()):
+        found, right = (tuple(side[key].shape) if key in side else "missing" for side in (tensors, have))
+        if found != right:
+            raise ValueError(f"{path} does not fit: {key} is {found} in the file, {right} in the model")
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        replace(model, name, layer)
+    model.load_state_dict(tensors, strict=False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in trained)
+
+
+def own_state(layer):
+    """What an adapted layer holds beside its base: {name: tensor}, parameters and buffers."""
+    return {key: t for key, t in layer.state_dict().items() if not key.startswith("base.")}
 
 
 # -------------------------------------------------------------------------- the demo

@@ -820,12 +820,13 @@ def test_merged_equals_unmerged_with_different_ranks(dtype, bound):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_A_takes_the_models_dtype(dtype):
+def test_A_is_the_plans_in_float32_whatever_the_models_dtype(dtype):
     model, plan, names = adapted(dtype)
     for name in names:
         layer = model.get_submodule(name)
-        assert layer.A.dtype == layer.B.dtype == dtype and plan[name].A.dtype == torch.float64
-        assert torch.equal(layer.A, plan[name].A.to(dtype))
+        assert layer.base.weight.dtype == dtype and plan[name].A.dtype == torch.float64
+        assert layer.A.dtype == layer.B.dtype == torch.float32
+        assert torch.equal(layer.A, plan[name].A.float())
 
 
 def test_watch_and_describe_are_plain_numbers():
@@ -887,3 +888,44 @@ def test_the_demo_shows_that_a_computed_A_beats_a_random_one(capsys):
     losses = [float(x) for x in re.findall(r"step 100  loss ([\d.]+)", printed)]
     assert len(losses) == 2 and losses[1] < 0.8 * losses[0]
     assert printed.count("unchanged at the start: True") == 2
+
+
+def test_loading_changes_nothing_but_the_numbers_unless_ranks_differ():
+    model, _, names = adapted()
+    train(model)
+    layer = model.get_submodule(names[0])
+    tensors = {"A": layer.A, "B": layer.B}
+    where = {key: (id(t), t.data_ptr()) for key, t in tensors.items()}
+    grad = layer.B.grad
+    state = {key: value + 1 for key, value in model.state_dict().items() if torch.is_tensor(value)}
+    model.load_state_dict(state)
+    assert {key: (id(t), t.data_ptr()) for key, t in (("A", layer.A), ("B", layer.B))} == where
+    assert layer.B.grad is grad is not None and torch.equal(layer.A, state[f"{names[0]}.A"])
+    other = {"A": torch.randn(layer.rank + 1, layer.in_features), "B": torch.randn(layer.out_features, layer.rank + 1)}
+    B = layer.B
+    model.load_state_dict({f"{names[0]}.{key}": t for key, t in other.items()}, strict=False)
+    assert layer.B is B and layer.B.grad is None and layer.rank == len(other["A"])  # an optimizer holds B still
+    assert torch.equal(layer.A, other["A"].double()) and torch.equal(layer.B, other["B"].double())
+
+
+@pytest.mark.parametrize("case", ["no B", "no A", "B of another rank", "A of another width", "A of three dimensions"])
+def test_a_load_that_is_refused_destroys_nothing(case):
+    model, _, names = adapted()
+    train(model)
+    layer = model.get_submodule(names[0])
+    r = layer.rank + 1
+    A, B = torch.ones(r, layer.in_features), torch.ones(layer.out_features, r)
+    state = {
+        "no B": {"A": A},
+        "no A": {"B": B},
+        "B of another rank": {"A": A, "B": B[:, 1:]},
+        "A of another width": {"A": A[:, 1:], "B": B},
+        "A of three dimensions": {"A": A[None], "B": B},
+    }[case]
+    before = {key: t.clone() for key, t in layer.state_dict().items()}
+    wrong = [key for key in "AB" if key in state and state[key].shape != before[key].shape]
+    with pytest.raises(RuntimeError, match=f"size mismatch for {names[0]}.{wrong[0]}"):
+        model.load_state_dict({f"{names[0]}.{key}": t for key, t in state.items()}, strict=False)
+    after = layer.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in set("AB") & set(wrong))
+    assert layer.A.shape[0] == layer.B.shape[1] == r - 1 and layer.scaling == before["_extra_state"].item()
