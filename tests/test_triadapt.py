@@ -1,7 +1,11 @@
 """TriAdaptLoRA against hand-computed values, autograd and the properties its paper claims."""
 
+import copy
+import inspect
 import math
 import random
+import re
+import warnings
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from triadapt import (
     after_step,
     budget_left,
     choose_growth,
+    event_steps,
     inject,
     lower,
     matrices_to_grow,
@@ -241,11 +246,46 @@ def test_eq11_importance_is_the_change_of_the_normalised_norm(normalise, divisor
     assert abs(event["scores"]["0"] - (later - now)) < 1e-6
 
 
-def test_events_come_when_t_is_past_t0_and_at_the_interval():
-    model, _ = adapted(t0=5, interval=3, delta=1)
-    optimizer = torch.optim.AdamW(param_groups(model, 1e-3, 0.0))
-    events = [t for t in range(1, 20) if after_step(model, optimizer, t, 100) is not None]
-    assert events == [8, 11, 14, 17]
+def test_events_come_when_t_is_past_t0_at_the_interval_and_before_the_end():
+    for total, expected in ((100, [8, 11, 14, 17]), (17, [8, 11, 14]), (18, [8, 11, 14, 17])):
+        model, _ = adapted(t0=5, interval=3, delta=1)
+        optimizer = torch.optim.AdamW(param_groups(model, 1e-3, 0.0))
+        events = [t for t in range(1, 20) if after_step(model, optimizer, t, total) is not None]
+        assert events == expected
+    rng = random.Random(0)
+    for _ in range(300):
+        t0, interval, total = rng.randint(0, 20), rng.randint(1, 12), rng.randint(21, 60)
+        steps = [t for t in range(1, total + 1) if t0 < t < total and (t - t0) % interval == 0]
+        assert list(event_steps(t0, interval, total)) == steps
+
+
+def test_nothing_grows_at_the_last_step_for_it_would_never_be_trained():
+    """With the defaults and a hundred steps the only event would be the last step; growing there undoes the training."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(12)])
+    x = torch.randn(32, 8)
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in teacher:
+            layer.weight += 0.2 * torch.randn(8, 1) @ torch.randn(1, 8)
+        y = teacher(x)
+    inject(model, [str(i) for i in range(12)])
+    optimizer = torch.optim.AdamW(param_groups(model, 2e-2, 0.0))
+    losses = []
+    with pytest.warns(UserWarning, match=r"no layer will grow: the first event is at t0 \+ interval = 100, the run ends at 100"):
+        for step in range(1, 101):
+            losses.append(loss := F.mse_loss(model(x), y))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            trained = F.mse_loss(model(x), y).item()
+            assert after_step(model, optimizer, step, 100) is None
+    assert F.mse_loss(model(x), y).item() == trained < 0.2 * losses[0].item()
+    assert all(layer.rank == 1 for layer in model)
+    for layer in model[:4]:
+        layer.grow(4)
+    print("loss before", losses[0].item(), "trained", trained, "grown", F.mse_loss(model(x), y).item())
+    assert F.mse_loss(model(x), y).item() > 2 * trained, "the growth that is left out would have shown"
 
 
 def test_eq12_budget_is_reference_less_what_is_there():
@@ -284,7 +324,10 @@ def test_eq14_nonlinear_threshold():
     assert matrices_to_grow(84, 600, 100, 1100, "nonlinear") == 10  # 84^0.5 = 9.165
     assert matrices_to_grow(81, 600, 100, 1100, "nonlinear") == 9  # exactly 9
     assert matrices_to_grow(125, 4, 1, 10, "nonlinear") == 5  # 125^(1/3): 4.999.. or 5.000..1 in floats
+    assert matrices_to_grow(32, 4, 0, 5, "nonlinear") == 16  # 32^0.8 is 16.000000000000004 in floats
+    assert math.ceil(32 ** (4 / 5)) == 17
     assert matrices_to_grow(84, 1100, 100, 1100, "nonlinear") == 84
+    assert matrices_to_grow(1000_001, 11, 1, 21, "nonlinear") == 1001  # 1000.0005 is above 1000: 1e-9 hides no number
     assert matrices_to_grow(84, 200, 100, 1100, "fixed", 7) == 7
     for mode in ("linear", "nonlinear"):
         assert matrices_to_grow(1, 2, 1, 10**9, mode) == 1, "at least one"
@@ -310,9 +353,7 @@ def test_property_the_budget_is_never_exceeded_and_nearly_always_used():
         mode = rng.choice(["linear", "nonlinear", "fixed"])
         limits = [rng.choice([r, r + 1, r + 3, 64]) for _ in range(M)]
         ranks = [r] * M
-        for t in range(t0 + 1, T + 1):
-            if (t - t0) % interval:
-                continue
+        for t in event_steps(t0, interval, T):
             budget = budget_left(r_ref, ranks)
             k = matrices_to_grow(budget, t, t0, T, mode, rng.randint(1, 5)) if budget else 1
             chosen = choose_growth([rng.choice([0.0, rng.gauss(0, 1)]) for _ in ranks], ranks, limits, budget, k, delta)
@@ -411,18 +452,23 @@ def test_growth_under_adam_leaves_old_moments_in_place_and_starts_new_ones_at_ze
     assert all((p != v).any() for p, v in zip(owned, values)), "what grew is trained on"
 
 
-def test_first_update_of_a_new_entry_is_about_three_rates():
-    """The docstring's claim: (1 - beta1) / sqrt(1 - beta2) = 3.16 once bias correction is over."""
-    p = nn.Parameter(torch.zeros(1))
+@pytest.mark.parametrize("steps,claim", [(10, 0.48), (100, 0.98), (1_000, 2.5), (100_000, 3.2)])
+def test_first_update_of_a_new_entry_is_what_the_docstring_says(steps, claim):
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer = torch.optim.AdamW([p], lr=1.0, weight_decay=0.0)
-    for _ in range(20_000):
-        p.grad = torch.zeros(1)
-        optimizer.step()
-    new = nn.Parameter(torch.zeros(2))
-    triadapt.extend_in_optimizer(optimizer, p, new, 0)
-    new.grad = torch.tensor([0.0, 0.5])
+    p.grad = torch.zeros(1, dtype=torch.float64)
     optimizer.step()
-    assert abs(-new[1].item() - 0.1 / 0.001**0.5) < 1e-2
+    optimizer.state[p]["step"].fill_(steps - 1)  # the moments of zero gradients are zero after any number of steps
+    new = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    triadapt.extend_in_optimizer(optimizer, p, new, 0)
+    new.grad = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    optimizer.step()
+    formula = 0.1 / (1 - 0.9**steps) / math.sqrt(0.001 / (1 - 0.999**steps))
+    print("update", -new[1].item(), "formula", formula)
+    assert new[0].item() == 0.0 and abs(-new[1].item() - formula) < 1e-6 * formula
+    assert abs(formula / claim - 1) < 0.015 and formula < 0.1 / 0.001**0.5 + 1e-12
+    text = triadapt.extend_in_optimizer.__doc__
+    assert all(words in text for words in ("0.48 of the rate\n    after 10 steps, 0.98 after 100, 2.5 after 1,000", "= 3.2 late"))
 
 
 def test_a_grown_layer_continues_as_if_it_had_been_that_large(tmp_path):
@@ -501,12 +547,29 @@ def test_a_grown_layer_loads_into_a_fresh_one():
         ({"rank": 3, "rank_ref": 2}, "rank_ref 2 is below the start rank 3"),
         ({"mode": "cubic"}, "mode 'cubic' is not one of linear, nonlinear, fixed"),
         ({"normalise": "x"}, "normalise 'x' is not one of r, sqrt, none"),
-        ({"orth_form": "x"}, "orth_form 'x' is not one of mean, sum"),
+        ({"orth_form": "x"}, "orth_form 'x' is not one of sum, mean"),
+        ({"mode": None}, "mode 'None' is not one of linear, nonlinear, fixed"),
         ({"delta": 0}, "delta 0 is below 1"),
         ({"interval": 0}, "interval 0 is below 1"),
         ({"t0": -1}, "t0 -1 is below 0"),
-        ({"orth": float("nan")}, "orth nan is below 0"),
+        ({"fixed_k": 0}, "fixed_k 0 is below 1"),
+        ({"orth": -0.1}, "orth -0.1 is below 0"),
+        ({"orth": float("nan")}, "orth nan is not a finite number"),
+        ({"alpha": float("inf")}, "alpha inf is not a finite number"),
+        ({"alpha": "16"}, "alpha '16' is not a finite number"),
+        ({"alpha": True}, "alpha True is not a finite number"),
         ({"dropout": 1.0}, "dropout 1.0 is not in [0, 1)"),
+        ({"dropout": -0.1}, "dropout -0.1 is not in [0, 1)"),
+        ({"rank": True}, "rank True is not a whole number"),
+        ({"rank_ref": 8.5}, "rank_ref 8.5 is not a whole number"),
+        ({"rank_ref": 8.0}, "rank_ref 8.0 is not a whole number"),
+        ({"interval": 2.5}, "interval 2.5 is not a whole number"),
+        ({"interval": True}, "interval True is not a whole number"),
+        ({"t0": "50"}, "t0 '50' is not a whole number"),
+        ({"delta": None}, "delta None is not a whole number"),
+        ({"fixed_k": 1.0}, "fixed_k 1.0 is not a whole number"),
+        ({"preserve": "no"}, "preserve 'no' is not True or False"),
+        ({"preserve": 1}, "preserve 1 is not True or False"),
     ],
 )
 def test_bad_options_are_refused_and_the_model_is_left_alone(options, words):
@@ -515,6 +578,57 @@ def test_bad_options_are_refused_and_the_model_is_left_alone(options, words):
         inject(model, ["0"], **options)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
+def test_the_least_of_each_option_is_allowed_and_the_defaults_are_those_of_the_docstring():
+    least = {"rank": 1, "rank_ref": 1, "delta": 1, "interval": 1, "fixed_k": 1, "t0": 0, "orth": 0, "dropout": 0, "alpha": 16}
+    model = nn.Sequential(nn.Linear(7, 5))
+    assert inject(model, ["0"], **least) == ["0"]
+    settings = {k: v for k, v in least.items() if k not in ("rank", "alpha", "dropout")}
+    assert {k: model[0].growth[k] for k in settings} == settings
+    model = nn.Sequential(nn.Linear(7, 5))
+    inject(model, "0")
+    assert model[0].growth == {
+        "rank_ref": 8, "delta": 4, "interval": 50, "t0": 50, "mode": "linear", "fixed_k": 4,
+        "normalise": "r", "preserve": False, "orth": 0.1, "orth_form": "sum",
+    }  # fmt: skip
+    assert (model[0].rank, model[0].alpha, model[0].dropout) == (1, 16.0, 0.0)
+    described = re.findall(r"^ {8}(\w+): ", inspect.getdoc(inject).replace("\n    ", "\n        "), re.M)
+    assert described == list(inspect.signature(inject).parameters)[2:], "each option once, in its order"
+
+
+def test_a_run_that_could_not_grow_is_said_at_once():
+    def first(step=1, total=100, **options):
+        model, layer = adapted(**options)
+        optimizer = torch.optim.AdamW(param_groups(model, 1e-3, 0.0))
+        return after_step(model, optimizer, step, total)
+
+    for options, words in [
+        ({"t0": 100}, "t0 100 is not below the 100 steps of the run"),
+        ({"t0": 101}, "t0 101 is not below the 100 steps of the run"),
+        ({"total": 99.0}, "total 99.0 is not a whole number"),
+        ({"step": 1.0}, "step 1.0 is not a whole number"),
+        ({"step": True}, "step True is not a whole number"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            first(**options)
+        assert words in str(error.value) and "\n" not in str(error.value)
+    short = {"t0": 60, "interval": 40}
+    with pytest.warns(UserWarning, match=r"no layer will grow: .* t0 \+ interval = 100, the run ends at 100") as seen:
+        assert first(**short) is None
+    assert seen[0].filename == __file__, "the warning points at the caller's line"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert first(total=101, **short) is None  # grows at 100
+        assert first(step=2, **short) is None  # said once
+        assert first(t0=200, rank_ref=1) is None  # no growth is wanted
+        assert first(t0=200, rank=5) is None  # and none possible
+
+
+@pytest.mark.parametrize("verb", [penalty, triadapt.watch, lambda model: after_step(model, None, 1, 10)])
+def test_a_model_without_the_method_is_refused_in_words(verb):
+    with pytest.raises(ValueError, match="the model holds no TriAdaptLinear"):
+        verb(nn.Sequential(nn.Linear(3, 3)))
 
 
 def test_a_reference_rank_above_the_layer_is_allowed_and_capped():
