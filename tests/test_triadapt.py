@@ -30,6 +30,15 @@ from triadapt import (
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small are no work for several threads, which only wait for each other, long if cores are few."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def adapted(rank=1, m=5, n=7, dtype=torch.float64, seed=0, trained=True, **options):
     """A one-layer model under the method; `trained` gives B values, so that the update is not zero."""
     torch.manual_seed(seed)
