@@ -207,8 +207,6 @@ def budget_left(rank_ref, ranks):
 
 def event_steps(t0, interval, total):
     """The steps t at which ranks grow: t0 < t < T, every `interval`. What grew at T would never be trained."""
-    if total <= t0:
-        raise ValueError(f"t0 {t0} is not below the {total} steps of the run: growth would begin after its end")
     return range(t0 + interval, total, interval)
 
 
@@ -399,27 +397,30 @@ def after_step(model, optimizer, step, total):
     """Grow where and when the method says so; call it after each optimizer step, counted from 1.
 
     Returns None, or at an event {"grown": {name: new rank}, "scores": {name: S}, "budget": what is left}.
-    The layers that grew have new Parameters then: a list of parameters made before is stale. ValueError for a
-    run that ends before growth begins and for an optimizer that cannot grow, FloatingPointError for a score
-    that is no number; nothing has grown then. A warning at step 1 if the run is too short for any event.
+    The layers that grew have new Parameters then: a list of parameters made before is stale. Raises before
+    anything grows: ValueError for an optimizer that cannot grow and for a run that ends before growth begins,
+    FloatingPointError for a score that is no number. A run too short for any event is warned of at step 1.
     """
     layers = wrapped_layers(model)
     growth = next(iter(layers.values())).growth
-    names, ranks = list(layers), [layer.rank for layer in layers.values()]
-    limits = [min(layer.base.weight.shape) for layer in layers.values()]
-    budget = budget_left(growth["rank_ref"], ranks)
-    if budget < 1 or all(r >= limit for r, limit in zip(ranks, limits)):
-        return None
     for name, value in (("step", step), ("total", total)):
         if type(value) is not int:
             raise ValueError(f"{name} {value!r} is not a whole number")
     t0, interval = growth["t0"], growth["interval"]
     events = event_steps(t0, interval, total)
-    if step == 1 and not events:
+    if step != 1 and step not in events:  # the first step says what is wrong before hours are lost
+        return None
+    names, ranks = list(layers), [layer.rank for layer in layers.values()]
+    limits = [min(layer.base.weight.shape) for layer in layers.values()]
+    budget = budget_left(growth["rank_ref"], ranks)
+    if budget < 1 or all(r >= limit for r, limit in zip(ranks, limits)):
+        return None
+    if total <= t0:
+        raise ValueError(f"t0 {t0} is not below the {total} steps of the run: growth would begin after its end")
+    if not events:
         warnings.warn(f"no layer will grow: the first event is at t0 + interval = {t0 + interval}, "
                       f"the run ends at {total}", stacklevel=2)  # fmt: skip
-    if step == 1 or step in events:
-        check_optimizer(optimizer, layers)
+    check_optimizer(optimizer, layers)
     if step not in events:
         return None
     norms = [layer.normalised_norm() for layer in layers.values()]  # all before any growth
