@@ -14,11 +14,22 @@ and ranks grow while training, where it matters, until a budget is used up:
     It costs r^2 numbers per layer, at events alone: no bookkeeping at every step;
   - how many grow: a share of the remaining budget (Eq. 12) that rises with time (Eqs. 13, 14).
 
+A growth from r = 2 to 3. The numbers are places in the packed L and U: what is new stands at the end.
+
+        L                 U
+    [ 0     | . ]     [ 0  1 | 3 ]      packed L: 0 | 1 2 | 3 4 5    rows, one after the other
+    [ 1  2  | . ]     [    2 | 4 ]      packed U: 0 | 1 2 | 3 4 5    columns, one after the other
+    [-------+---]     [------+---]
+    [ 3  4  | 5 ]     [ .  . | 5 ]      3 4 are L_down and U_up, 5 is L_aug and U_aug
+
+A layer that has just grown scores low at the next event: its r in the denominator is larger, its D is
+not yet. So the next ranks go to others first.
+
 Two jumps follow from the text. New Gaussian entries change the function a little, and the factor
 alpha/(r + eps) shrinks the old update when r grows, five times when 1 becomes 5. That is the paper
 and the default here; `preserve=True` makes growth leave the function as it is.
 
-The paper publishes no code. This file needs torch alone; copy it and call
+This file needs torch alone; copy it and call
 
     names = inject(model, ["q_proj", "v_proj"], interval=100, t0=100)
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.0))
@@ -29,6 +40,17 @@ The paper publishes no code. This file needs torch alone; copy it and call
     save(model, "adapter.safetensors")                      # `load` puts it on the base model again
     merge(model)                                            # back to plain nn.Linear layers
 
+Growth puts new Parameters into the model and the optimizer. A list of parameters made before it, say
+for clip_grad_norm_, is stale: ask model.parameters() or the optimizer's groups anew at every step.
+
+The authors' code (github.com/YaoLiang2023/DiverValue-Bench, a fork of PEFT 0.4; of the versions of its
+triadaptlora.py the one ending in `single` is the paper's text) differs from their paper: k is rounded
+down; every layer that ties with the k-th score grows; events come when t is a multiple of the interval;
+the budget is looked at before an event alone, so that growth can pass it; dr is r_ref / 2 unless given;
+fixed k is not reached; the penalty is the mean of unsquared norms (`orth_form="mean"`); what grows is
+added as parameters of their own, for which Adam's step count begins anew. The live version starts from
+L = U = I with the constant scale 2.
+
 `python triadapt.py` shows it on one model of three layers.
 """
 
@@ -36,7 +58,7 @@ import json
 import math
 import os
 import warnings
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -160,14 +182,29 @@ class TriAdaptLinear(nn.Module):
         return changes
 
     def _load_from_state_dict(self, state, prefix, *args):
-        """A saved layer may have grown: take its rank first. (Build the optimizer after loading, then.)"""
-        rank = len(state.get(prefix + "A", self.A))
-        if rank != self.rank:
-            m, n = self.base.weight.shape
-            triangle = (rank * (rank + 1) // 2,)
-            for name, shape in {"A": (rank, n), "B": (m, rank), "L": triangle, "U": triangle}.items():
-                old = getattr(self, name)
-                setattr(self, name, nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad))
+        """A saved layer may have grown: the Parameters, which an optimizer may hold, take its shapes.
+
+        All four fit the base and one rank, or the load is refused and nothing of this layer is touched.
+        """
+        m, n = self.base.weight.shape
+        A = state.get(prefix + "A", self.A)
+        rank = A.shape[0] if A.ndim == 2 else self.rank
+        triangle = (rank * (rank + 1) // 2,)
+        shapes = {"A": (rank, n), "B": (m, rank), "L": triangle, "U": triangle}
+        found = {name: tuple(state[prefix + name].shape) for name in shapes if prefix + name in state}
+        wrong = [name for name in found if found[name] != shapes[name]]
+        wrong += [name for name in shapes if name not in found and rank != self.rank]  # else it stays, if strict=False
+        if wrong:
+            for name in wrong:
+                text = f"size mismatch for {prefix}{name}: {found.get(name, 'missing')}, right is {shapes[name]}"
+                args[-1].append(text)  # the last argument collects the errors; load_state_dict raises them
+            return
+        for name, shape in shapes.items() if rank != self.rank else ():
+            p = getattr(self, name)
+            grown = p.data.new_empty(shape)  # super() fills it
+            p.grad = None
+            p.data = p.data.half()  # another dtype for a moment: else a graph that is still alive keeps the old shape
+            p.data = grown
         super()._load_from_state_dict(state, prefix, *args)
 
 
@@ -193,6 +230,11 @@ def orthogonality(A, B):
 def budget_left(rank_ref, ranks):
     """Eq. 12: R = r_ref M - r M at the start, less dr k at each growth: r_ref M minus the ranks now."""
     return rank_ref * len(ranks) - sum(ranks)
+
+
+def event_steps(t0, interval, total):
+    """The steps t at which ranks grow: t0 < t < T, every `interval`. What grew at T would never be trained."""
+    return range(t0 + interval, total, interval)
 
 
 def matrices_to_grow(budget, t, t0, total, mode, fixed_k=None):
@@ -224,12 +266,33 @@ def choose_growth(scores, ranks, limits, budget, k, delta):
     return [(i, min(delta, limits[i] - ranks[i])) for i in sorted(top)]
 
 
+def check_optimizer(optimizer, layers):
+    """ValueError, before anything grows, if `optimizer` lacks one of the layers' matrices or cannot grow with it."""
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    for name, layer in layers.items():
+        for letter in "ABLU":
+            p = getattr(layer, letter)
+            if p.requires_grad and p not in held:
+                raise ValueError(f"the optimizer does not hold {letter} of layer {name}: make a new one after inject")
+            for key, value in optimizer.state.get(p, {}).items():
+                # At r = 1 this must be exact: Adafactor's factors for A (1, n) are (1, 1) and (1, n).
+                if isinstance(value, list) or (torch.is_tensor(value) and value.shape not in ((), p.shape)):
+                    shape = f"of shape {tuple(value.shape)}" if torch.is_tensor(value) else "a list"
+                    raise ValueError(
+                        f"layer {name} cannot grow under {type(optimizer).__name__}: its {key} for {letter} "
+                        f"{tuple(p.shape)} is {shape}; take one with a state of that shape, as AdamW and SGD have"
+                    )
+    if isinstance(optimizer, torch.optim.LBFGS):  # its state lies at the first parameter, whichever that is
+        raise ValueError("layers cannot grow under LBFGS: it keeps a list of parameters of its own; take AdamW or SGD")
+
+
 @torch.no_grad()
 def extend_in_optimizer(optimizer, old, new, dim):
     """Put `new` in the place of `old`: the old entries keep their moments, the new ones start at zero.
 
-    The step count is one per tensor and stays, so Adam's bias correction is over for the new entries:
-    their first update is about (1 - beta1) / sqrt(1 - beta2) = 3.2 times the learning rate.
+    The step count is one per tensor and stays. So the first update of a new entry under Adam is the rate times
+    (1 - beta1) / (1 - beta1^t) / sqrt((1 - beta2) / (1 - beta2^t)), t the steps with that one: 0.48 of the rate
+    after 10 steps, 0.98 after 100, 2.5 after 1,000 and at most (1 - beta1) / sqrt(1 - beta2) = 3.2 late in a run.
     """
     for group in optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]
@@ -295,33 +358,50 @@ def inject(
                 f"rank {rank} does not fit layer {name} {tuple(linear.weight.shape)}: "
                 f"allowed are 1 to {min(linear.weight.shape)}, or exclude it"
             )
-    if rank_ref < rank:
-        raise ValueError(f"rank_ref {rank_ref} is below the start rank {rank}: there is no budget to grow")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout {dropout} is not in [0, 1)")
-    for option, value, least in [("delta", delta, 1), ("interval", interval, 1), ("fixed_k", fixed_k, 1),
-                                 ("t0", t0, 0), ("orth", orth, 0)]:  # fmt: skip
-        if not value >= least:
-            raise ValueError(f"{option} {value} is below {least}")
-    for option, value, allowed in [("mode", mode, ("linear", "nonlinear", "fixed")),
-                                   ("normalise", normalise, ("r", "sqrt", "none")),
-                                   ("orth_form", orth_form, ("mean", "sum"))]:  # fmt: skip
-        if value not in allowed:
-            raise ValueError(f"{option} '{value}' is not one of {', '.join(allowed)}")
-    growth = {
-        "rank_ref": rank_ref, "delta": delta, "interval": interval, "t0": t0, "mode": mode, "fixed_k": fixed_k,
-        "normalise": normalise, "preserve": preserve, "orth": orth, "orth_form": orth_form,
-    }  # fmt: skip
+    growth = check_options(locals())
     model.requires_grad_(False)
     for name, linear in linears.items():
         replace(model, name, TriAdaptLinear(linear, rank, alpha, dropout, growth).train(linear.training))
     return list(linears)
 
 
+LEAST = {"delta": 1, "interval": 1, "fixed_k": 1, "t0": 0, "orth": 0}
+
+
+def check_options(options):
+    """{option: value}: what `inject` was given of the growth settings. Their kinds stand in its signature alone."""
+    words = {int: "a whole number", float: "a finite number", bool: "True or False"}
+    growth = {}
+    for name, kind in inject.__annotations__.items():
+        value = options[name]
+        if get_args(kind) and value not in get_args(kind):
+            raise ValueError(f"{name} '{value}' is not one of {', '.join(get_args(kind))}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if kind in words and not (number if kind is float else type(value) is kind):
+            raise ValueError(f"{name} {value!r} is not {words[kind]}")
+        if name in LEAST and value < LEAST[name]:
+            raise ValueError(f"{name} {value} is below {LEAST[name]}")
+        growth[name] = value
+    rank, dropout, _ = (growth.pop(name) for name in ("rank", "dropout", "alpha"))  # these are each layer's own
+    if growth["rank_ref"] < rank:
+        raise ValueError(f"rank_ref {growth['rank_ref']} is below the start rank {rank}: there is no budget to grow")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout} is not in [0, 1)")
+    return growth
+
+
 def param_groups(model, lr, weight_decay):
     """Groups for torch.optim.AdamW: whatever is trainable (A, B, L, U, the task head), one rate, one decay."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
+
+
+def wrapped_layers(model):
+    """{dotted name: TriAdaptLinear}, in the model's order. ValueError if there is none."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, TriAdaptLinear)}
+    if not layers:
+        raise ValueError("the model holds no TriAdaptLinear: inject first (or merged already?)")
+    return layers
 
 
 def penalty(model):
@@ -331,7 +411,7 @@ def penalty(model):
     far smaller. On the generated tasks the two do alike, and no penalty does a little better (README), so
     the default is the equation as printed.
     """
-    layers = [m for m in model.modules() if isinstance(m, TriAdaptLinear)]
+    layers = list(wrapped_layers(model).values())
     growth = layers[0].growth
     if growth["orth"] == 0:
         return torch.zeros((), device=layers[0].A.device)
@@ -346,21 +426,40 @@ def after_step(model, optimizer, step, total):
     """Grow where and when the method says so; call it after each optimizer step, counted from 1.
 
     Returns None, or at an event {"grown": {name: new rank}, "scores": {name: S}, "budget": what is left}.
+    The layers that grew have new Parameters then: a list of parameters made before is stale. Raises before
+    anything grows: ValueError for an optimizer that cannot grow and for a run that ends before growth begins,
+    FloatingPointError for a score that is no number. A run too short for any event is warned of at step 1.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, TriAdaptLinear)}
+    layers = wrapped_layers(model)
     growth = next(iter(layers.values())).growth
-    if step <= growth["t0"] or (step - growth["t0"]) % growth["interval"]:
+    for name, value in (("step", step), ("total", total)):
+        if type(value) is not int:
+            raise ValueError(f"{name} {value!r} is not a whole number")
+    t0, interval = growth["t0"], growth["interval"]
+    events = event_steps(t0, interval, total)
+    if step != 1 and step not in events:  # the first step says what is wrong before hours are lost
         return None
     names, ranks = list(layers), [layer.rank for layer in layers.values()]
     limits = [min(layer.base.weight.shape) for layer in layers.values()]
     budget = budget_left(growth["rank_ref"], ranks)
     if budget < 1 or all(r >= limit for r, limit in zip(ranks, limits)):
         return None
+    if total <= t0:
+        raise ValueError(f"t0 {t0} is not below the {total} steps of the run: growth would begin after its end")
+    if not events:
+        warnings.warn(f"no layer will grow: the first event is at t0 + interval = {t0 + interval}, "
+                      f"the run ends at {total}", stacklevel=2)  # fmt: skip
+    check_optimizer(optimizer, layers)
+    if step not in events:
+        return None
     norms = [layer.normalised_norm() for layer in layers.values()]  # all before any growth
     scores = [now - layer.reference.item() for now, layer in zip(norms, layers.values())]  # Eq. 11
+    for name, score in zip(names, scores):
+        if not math.isfinite(score):
+            raise FloatingPointError(f"score {score} of layer {name} at step {step}: its L + U is not finite")
     for now, layer in zip(norms, layers.values()):
         layer.reference.fill_(now)
-    k = matrices_to_grow(budget, step, growth["t0"], total, growth["mode"], growth["fixed_k"])
+    k = matrices_to_grow(budget, step, t0, total, growth["mode"], growth["fixed_k"])
     chosen = choose_growth(scores, ranks, limits, budget, k, growth["delta"])
     for i, added in chosen:
         for old, new, dim in layers[names[i]].grow(added):
@@ -374,7 +473,7 @@ def after_step(model, optimizer, step, total):
 
 def watch(model):
     """{quantity: {layer name: number}}, what is worth seeing during and after a run."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, TriAdaptLinear)}
+    layers = wrapped_layers(model)
     return {
         "ranks": {name: layer.rank for name, layer in layers.items()},
         "importance": {name: layer.normalised_norm() - layer.reference.item() for name, layer in layers.items()},
@@ -612,7 +711,7 @@ def main():
     print("output unchanged at the start:", torch.equal(model(x), before))
     print(f"ranks {watch(model)['ranks']}, budget {4 * len(names)} in all; the middle layer is the one that is off")
     optimizer = torch.optim.AdamW(param_groups(model, lr=5e-3, weight_decay=0.0))
-    total = 600
+    total, grown = 600, {}
     for step in range(1, total + 1):
         loss = F.mse_loss(model(x), y)
         if step == 1 or step % 100 == 0:
@@ -621,9 +720,10 @@ def main():
         (loss + penalty(model)).backward()
         optimizer.step()
         if event := after_step(model, optimizer, step, total):
-            scores = "  ".join(f"{name}: {score:+.4f}" for name, score in event["scores"].items())
+            scores = "  ".join(f"{n}{'*' * (n in grown)}: {score:+.4f}" for n, score in event["scores"].items())
             print(f"  step {step:3d}  scores  {scores}  -> new ranks {event['grown']}, budget left {event['budget']}")
-    print(f"ranks {watch(model)['ranks']}")
+            grown = event["grown"]
+    print(f"ranks {watch(model)['ranks']}; * grew at the event before: ||L + U|| is divided by a larger r now, so it scores low")
     adapted = model(x)
     merge(model)
     print(f"merged into {model[2]}: largest difference {(model(x) - adapted).abs().max().item():.1e}")
