@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import data
 import task_tlora
 from baselines import lora
-from model import default_targets, load_base, logits
+from model import load_base, logits
 from task_tlora import Allocation, TaskTLoRALinear, calibrate, inject, merge, param_groups, see_gradients, see_inputs
 
 INITS = ["wc", "w", "random", "theory"]
@@ -533,6 +533,14 @@ def test_ranks_always_sum_to_the_budget_within_the_caps():
     assert 300 < clipped < 2700
 
 
+def test_a_budget_that_fits_exactly_is_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert task_tlora.allocate_ranks([3.0, 1.0, 0.0], 12, [3, 4, 5]) == [3, 4, 5]
+        with pytest.raises(UserWarning, match="^a total rank of 13 is more than the layers can hold: clipped to 12$"):
+            task_tlora.allocate_ranks([3.0, 1.0, 0.0], 13, [3, 4, 5])
+
+
 def test_ranks_are_Eq_6_rounded_wherever_that_keeps_the_budget():
     rng, agreed = random.Random(1), 0
     for _ in range(500):
@@ -721,7 +729,7 @@ def random_columns(n, r):
     return (r + 8) * (1 + math.floor(math.log2(n)) + 1 + 2)
 
 
-@pytest.mark.parametrize("n, r", [(300, 1), (300, 2), (400, 1), (640, 8)])
+@pytest.mark.parametrize("n, r", [(200, 1), (300, 1), (300, 2), (320, 8)])
 def test_the_fast_path_spans_the_space_of_the_exact_one(n, r):
     assert random_columns(n, r) < 5 / 8 * n  # no full SVD
     for name, sigma in spectra(n, r):
@@ -770,39 +778,30 @@ def test_the_svd_asked_for_is_the_svd_taken():
     assert inspect.signature(calibrate).parameters["svd"].default == "fast"
 
 
-def test_fast_and_exact_agree_on_a_transformers_activations():
-    for targets in (TARGETS[:3], TARGETS[3:7]):
-        fast, exact = (
-            calibrate(transformer(width=48), targets, examples(32), loss_fn, rank=4, svd=svd)
-            for svd in ("fast", "exact")
-        )
-        for name, allocation in exact.items():
-            phi = task_tlora.subspace_similarity(fast[name].A, allocation.A).item()
-            print(name, allocation.rank, phi)
-            assert phi >= 0.999
-
-
-def test_fast_and_exact_agree_at_every_layer_of_the_pretrained_base():
+def test_fast_and_exact_agree_on_the_activations_of_the_pretrained_base():
+    """C of its widest layers, with a W of full rank: theirs of rank 128 take the full SVD."""
     tokenizer, task = data.Tokenizer(), data.TASKS["cola"]
     base = load_base(data.ASSETS / "encoder.safetensors", "classification", 2)
     rows = data.features(task, data.load("cola")[:32], tokenizer, 64)
     batches = [next(data.batches([row], task, 1, tokenizer.pad_id)) for row in rows]
     loss = lambda model, batch: F.cross_entropy(logits(model, batch), batch["labels"])  # noqa: E731
-    linears = task_tlora.find_linears(base, default_targets(base))
-    covariances = see_inputs(base, linears, batches, loss, False)
+    linears = task_tlora.find_linears(base, ["down_proj"])
+    W = torch.randn(512, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gaps = []
-    for name, linear in linears.items():
-        M = linear.weight.detach().double() @ covariances[name].double()
-        sigma = torch.linalg.svdvals(M)
-        for r in (1, 2, 4, 8, 16, 32):
-            exact, fast = task_tlora.exact_vectors(M, r), task_tlora.fast_vectors(M, r)
-            energy = (M @ fast.mT).square().sum() / (M @ exact.mT).square().sum()
-            phi = task_tlora.subspace_similarity(fast, exact).item()
+    for name, C in see_inputs(base, linears, batches, loss, False).items():
+        M = W @ C.double()
+        exact = task_tlora.exact_vectors(M, 17)
+        sigma = (M @ exact.mT).norm(dim=0)
+        for r in (1, 2, 4, 8, 16):
+            assert random_columns(512, r) < 5 / 8 * 512  # no full SVD
+            fast = task_tlora.fast_vectors(M, r)
+            energy = (M @ fast.mT).square().sum() / sigma[:r].square().sum()
+            phi = task_tlora.subspace_similarity(fast, exact[:r]).item()
             gaps.append((sigma[r - 1] / sigma[r]).item())
             print(f"{name} r {r}: gap {gaps[-1]:.3f} phi {phi:.6f} energy {energy:.6f}")
             assert energy >= 0.999
             assert phi >= 0.999 or gaps[-1] < 1.05
-    assert len(gaps) == 6 * len(linears) > 50 and sum(gap >= 1.05 for gap in gaps) > 20
+    assert len(gaps) == 5 * len(linears) == 20 and sum(gap >= 1.05 for gap in gaps) > 8
 
 
 @pytest.mark.parametrize("svd", ["exact", "fast"])
@@ -942,8 +941,19 @@ def test_the_theory_init_amplifies_the_small_directions_and_wc_does_not():
 def test_square_roots_take_an_eigenvalue_that_rounding_made_negative():
     C = torch.diag(torch.tensor([1.0, -1e-5], dtype=torch.float64))
     root, inverse_root = task_tlora.square_roots(C)
-    assert root.diag().tolist() == pytest.approx([(1 + 1e-6) ** 0.5, 1e-3])
-    assert inverse_root.diag().tolist() == pytest.approx([(1 + 1e-6) ** -0.5, 1e3])
+    assert root.diag().tolist() == pytest.approx([(1 + 1e-6) ** 0.5, 1e-3], rel=1e-14)
+    assert inverse_root.diag().tolist() == pytest.approx([(1 + 1e-6) ** -0.5, 1e3], rel=1e-14)
+
+
+def test_eps_is_added_to_every_eigenvalue():
+    """C + eps I of Appendix A, not a least value: an eigenvalue above eps moves, too."""
+    C = torch.diag(torch.tensor([4.0, 1e-6, 0.0], dtype=torch.float64))
+    for eps, options in ((1e-6, {}), (0.5, {"eps": 0.5})):
+        root, inverse_root = task_tlora.square_roots(C, **options)
+        expected = [math.sqrt(value + eps) for value in (4.0, 1e-6, 0.0)]
+        assert root.diag().tolist() == pytest.approx(expected, rel=1e-14)
+        assert inverse_root.diag().tolist() == pytest.approx([1 / value for value in expected], rel=1e-14)
+        assert not (root - root.diag().diag()).any()
 
 
 def test_Eqs_15_and_17_subspace_similarity():
@@ -986,6 +996,43 @@ def test_the_layer_is_Eq_1_in_numpy():
     W, b, B = (t.detach().numpy() for t in (linear.weight, linear.bias, layer.B))
     expected = x.numpy() @ (W + 1.7 * B @ A.numpy()).T + b
     assert np.allclose(layer(x).detach().numpy(), expected, atol=1e-13)
+
+
+def test_dropout_is_on_the_adapters_input_and_in_training_alone():
+    torch.manual_seed(0)
+    linear, A, B = nn.Linear(9, 7), torch.randn(3, 9), torch.randn(7, 3)
+    layer = TaskTLoRALinear(linear, Allocation(3, 1.7, A), False, 0.4)
+    layer.B.data = B
+    x = torch.randn(50, 9)
+    torch.manual_seed(1)
+    kept = F.dropout(torch.ones(50, 9), 0.4)  # 0 or 1 / 0.6
+    assert 0.3 < (kept == 0).double().mean() < 0.5
+    torch.manual_seed(1)
+    trained = layer.train()(x)
+    with torch.no_grad():
+        in_training, in_eval = (linear(x) + 1.7 * (x * factor) @ A.mT @ B.mT for factor in (kept, 1))
+    print("largest differences", (trained - in_training).abs().max().item(), (layer.eval()(x) - in_eval).abs().max().item())
+    assert torch.allclose(trained, in_training, atol=1e-5) and torch.allclose(layer.eval()(x), in_eval, atol=1e-5)
+    assert (trained - in_eval).abs().max() > 1
+
+
+def test_a_wrapped_layer_keeps_its_mode_and_its_place_in_it():
+    model = transformer()
+    model.v_proj.eval()
+    inject(model, ["v_proj", "k_proj"], rank=2, dropout=0.25)
+    assert (model.v_proj.training, model.k_proj.training) == (False, True)
+    assert model.v_proj.dropout == model.k_proj.dropout == 0.25
+    assert task_tlora.watch(model)["importance"] == {"k_proj": 0.0, "v_proj": 0.0}  # nothing was measured
+
+
+def test_the_groups_hold_what_is_trained_and_nothing_frozen():
+    model, plan, names = adapted(train_a=True)
+    model.head.requires_grad_(True)
+    (group,) = param_groups(model, lr=0.3, weight_decay=0.7)
+    trained = {name for name, p in model.named_parameters() if any(p is q for q in group["params"])}
+    assert trained == {f"{name}.{factor}" for name in names for factor in "AB"} | {"head.weight", "head.bias"}
+    assert len(group["params"]) == len(trained) and set(group) == {"params", "lr", "weight_decay"}
+    assert (group["lr"], group["weight_decay"]) == (0.3, 0.7)
 
 
 @pytest.mark.parametrize("train_a", [False, True])
@@ -1121,10 +1168,49 @@ def test_wrong_input_is_refused_in_one_line():
         inject(model, ["q_proj", "k_proj"], plan=plan)
     with pytest.raises(ValueError, match=r"rank 13 does not fit layer q_proj \(12, 12\): .* 1 to 12"):
         inject(model, ["q_proj"], rank=13)
-    with pytest.raises(ValueError, match=r"dropout 1.0 is not in \[0, 1\)"):
-        inject(model, ["q_proj"], dropout=1.0)
+    for dropout in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match=rf"dropout {dropout} is not in \[0, 1\)"):
+            inject(model, ["q_proj"], dropout=dropout)
     assert not any(isinstance(m, TaskTLoRALinear) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())  # nothing was half done
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (Allocation(2, 1.0, torch.zeros(2, 12)), r"the plan's A for layer down_proj is \(2, 12\): \(2, 36\) is right"),
+        (Allocation(2, 1.0, torch.zeros(3, 36)), r"the plan's A for layer down_proj is \(3, 36\): \(2, 36\) is right"),
+        (Allocation(2, 1.0, torch.zeros(36)), r"the plan's A for layer down_proj is \(36,\): \(2, 36\) is right"),
+        (Allocation(0, 0.0, torch.zeros(1, 36)), r"the plan's A for layer down_proj is \(1, 36\): \(0, 36\) is right"),
+        (Allocation(13, 1.0), r"the plan's rank 13 does not fit layer down_proj \(12, 36\): allowed are 0 to 12"),
+        (Allocation(-1, 1.0), r"the plan's rank -1 does not fit layer down_proj \(12, 36\): allowed are 0 to 12"),
+        (Allocation(2.5, 1.0), r"the plan's rank 2.5 does not fit layer down_proj \(12, 36\): allowed are 0 to 12"),
+        (Allocation(24, 1.0, torch.zeros(24, 36)), r"the plan's rank 24 does not fit layer down_proj"),
+    ],
+)
+def test_a_plan_is_checked_whole_before_the_first_layer_is_replaced(wrong, words):
+    model = transformer()
+    plan = calibrate(model, TARGETS, examples(), loss_fn, rank=2)
+    plan["down_proj"] = wrong  # the fifth layer
+    with pytest.raises(ValueError, match=f"^{words}"):
+        inject(model, TARGETS, plan=plan)
+    assert not any(isinstance(m, TaskTLoRALinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    plan["down_proj"] = Allocation(12, 1.0, torch.zeros(12, 36))  # the largest rank there is
+    assert "down_proj" in inject(model, TARGETS, plan=plan)
+
+
+def test_the_defaults_are_the_documented_ones():
+    """Those of train.py's flags too, which it takes from the signatures."""
+    defaults = [
+        {p.name: p.default for p in inspect.signature(verb).parameters.values() if p.default is not p.empty}
+        for verb in (calibrate, inject)
+    ]
+    assert defaults == [
+        {"rank": 8, "alpha": 16.0, "samples": 32, "init": "wc", "svd": "fast", "adapt_rank": True, "adapt_scale": True,
+         "center": False, "spectrum": True, "memory": 2 * 1024**3},
+        {"plan": None, "rank": 8, "alpha": 16.0, "train_a": False, "dropout": 0.0},
+    ]  # fmt: skip
 
 
 def test_every_option_has_a_help_line_and_shared_ones_one_meaning():
