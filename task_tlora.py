@@ -12,9 +12,10 @@ r_i m trained numbers per layer. This file needs torch alone; copy it and call
 
     plan = calibrate(model, ["q_proj", "v_proj"], batches, loss_fn, rank=8, alpha=16.0)
     names = inject(model, ["q_proj", "v_proj"], plan=plan)
+    model.classifier.requires_grad_(True)  # a new head: inject froze it with the rest
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.0))
-    ...                                 # train as usual
-    merge(model)                        # back to plain nn.Linear layers
+    ...                                    # train as usual
+    merge(model)                           # back to plain nn.Linear layers
 
 The authors' code (github.com/Rambo-Yi/TLora) differs from their paper: it centres each sample
 (`center=True`), its scripts calibrate on 256 samples, the largest layer gets what rounding loses, the
@@ -378,12 +379,14 @@ def calibrate(
     """Algorithm 1: look at the task, return the plan {layer name: Allocation} for `inject`.
 
     `batches` yields batches of one example each (wrap it in tqdm for a progress bar; fewer than `samples`
-    will do), loss_fn(model, batch) gives the scalar loss and leaves the batch as it is: a batch is seen
-    more than once. The model is in eval mode meanwhile; modes, requires_grad and the state of the random
-    generator come back as they were. `spectrum` = False saves the eigenvalues of C, half the time of a
-    wide layer. The matrices C alive at once take `memory` bytes at most, or one layer's: 2 GiB fits beside
-    7e9 half-precision weights on a 24 GB card, and 14 forward passes see all their 28 GB of C. ValueError as
-    `inject` says, if there is no batch, if no gradient comes, and where a layer sees NaN or infinity.
+    will do), loss_fn(model, batch) gives the scalar loss and leaves the batch as it is: it comes again. The
+    model is in eval mode meanwhile; modes, requires_grad and the state of the random generator come back as
+    they were. ValueError as `inject` says, if there is no batch, if no gradient comes, and where a layer
+    sees NaN or infinity.
+
+    `memory`: bytes that the matrices C alive at once may take, one layer's at least. For all 28 GB of C of a
+    model of 7e9 numbers, 2 GiB mean 16 forward passes per sample and fit beside its half-precision weights
+    on a card of 24 GB. `spectrum`: keep the eigenvalues of C, which take about as long as A.
 
     Options:
         rank: rank r of the update; with adapted ranks, of the average layer
