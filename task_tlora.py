@@ -395,7 +395,7 @@ def calibrate(
         init: what A is: wc = the singular vectors of W C, the method; w = of W alone;
             random = as LoRA draws it; theory = Eq. 16, which is unstable
         svd: exact = a full SVD; fast = the same space by random projection where that takes less
-            time: a quarter of it at 1024 inputs and rank 8, never at 128
+            time: a third of it at 1024 inputs and rank 8, never at 128
         adapt_rank: a layer's rank follows its importance (Eq. 6); otherwise all have `rank`
         adapt_scale: a layer's scale follows its importance (Eq. 7); otherwise it is alpha / its rank
         center: C is a covariance, each sample's mean subtracted, as in the authors' code

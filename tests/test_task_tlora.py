@@ -159,6 +159,20 @@ def test_see_inputs_gives_the_matrix_C_itself():
     assert torch.equal(covariances["never"], torch.zeros(12, 12, dtype=torch.float64))  # no sample runs it
 
 
+def test_C_holds_no_graph_where_the_loss_turns_gradients_on():
+    model = Blocks()
+    model.embed.register_forward_hook(lambda module, args, x: x.requires_grad_())
+
+    def loss(model, batch):
+        with torch.enable_grad():
+            value = loss_fn(model, batch)
+        assert value.requires_grad
+        return value
+
+    covariances = see_inputs(model, {"blocks.1.2": model.blocks[1][2]}, examples(), loss, False)
+    assert covariances["blocks.1.2"].trace() > 1 and not covariances["blocks.1.2"].requires_grad
+
+
 def test_S_is_the_mean_over_the_batches_there_are_and_they_come_back():
     model, batches = transformer(), examples(3)
     linears = {"twice": model.twice, "never": model.never}
@@ -413,6 +427,7 @@ def test_a_layer_that_some_samples_pass_by_gets_the_mean_over_all():
         (lambda m, b: m(b[0]), r"a tensor of shape \(1, 3\)"),
         (lambda m, b: 1.5, "float"),
         (lambda m, b: {"loss": loss_fn(m, b)}, "dict"),
+        (lambda m, b: loss_fn(m, b)[None][:0], r"a tensor of shape \(0,\)"),
         (lambda m, b: None, "NoneType"),
     ],
 )
