@@ -25,11 +25,14 @@ scale is max(alpha, round(L alpha p_i)) / r_init, never below LoRA's, and A is n
 `python task_tlora.py` shows it on two layers.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -46,7 +49,7 @@ class Allocation:
     A: torch.Tensor | None = None
     score: float = 0.0  # S_i of Eq. 5; zero where nothing was measured
     share: float = 0.0  # p_i = S_i / sum_j S_j
-    spectrum: tuple = ()  # the eigenvalues of C_i, largest first
+    spectrum: tuple = ()  # the eigenvalues of C_i, largest first; empty where they were not asked for
 
 
 class TaskTLoRALinear(nn.Module):
@@ -149,46 +152,15 @@ def covariance(X, center=False):
         return X.mT @ X
 
 
-def measure(model, linears, batches, loss_fn, samples, center):
-    """Lines 1 to 11 of Algorithm 1: the list of S_i and {name: C_i (n, n), on the CPU}."""
-    scores = dict.fromkeys(linears, 0.0)
-    covariances = {}
-    for name, linear in linears.items():
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
-        covariances[name] = torch.zeros(linear.in_features, linear.in_features, dtype=dtype)
-
-    def see_input(name, X):
-        C = covariance(X.detach(), center)
-        if not C.isfinite().all():
-            raise ValueError(f"layer {name} gets NaN, infinity or values too large to square as input")
-        covariances[name] += C.cpu()  # n n numbers a layer: an accelerator may not have room for all
-
-    def see_gradient(name, weight):
-        score = sensitivity(weight.detach(), weight.grad).item()
-        weight.grad = None  # before backward makes the next layer's: one at most is alive
-        if not math.isfinite(score):
-            raise ValueError(f"the gradient of layer {name} has NaN or infinity")
-        scores[name] += score
-
+@contextlib.contextmanager
+def only_looking(model):
+    """Eval mode, nothing trains. Gives a list for hooks; afterwards they are gone and all is as it was."""
     modes = {module: module.training for module in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}
-    hooks, count = [], 0
+    hooks = []
     try:
         model.eval().requires_grad_(False)
-        for name, linear in linears.items():
-            weight = linear.weight.requires_grad_(True)
-            weight.grad = None
-            hooks += [
-                linear.register_forward_pre_hook(lambda linear, args, name=name: see_input(name, args[0])),
-                weight.register_post_accumulate_grad_hook(lambda w, name=name: see_gradient(name, w)),
-            ]
-        for count, batch in zip(range(1, samples + 1), batches):
-            with torch.enable_grad():
-                loss = loss_fn(model, batch)
-            if not loss.isfinite():
-                raise ValueError(f"the loss of calibration sample {count} is {loss.item()}")
-            if loss.requires_grad:  # not if the sample passed by every target
-                loss.backward()
+        yield hooks
     finally:
         for hook in hooks:
             hook.remove()
@@ -196,9 +168,108 @@ def measure(model, linears, batches, loss_fn, samples, center):
             p.requires_grad_(flag)
         for module, mode in modes.items():
             module.training = mode
-    if not count:
+
+
+def on_input(linear, see):
+    """A hook that calls see(X) with the layer's input X (..., n) whenever the layer runs."""
+    take = lambda linear, args, named: see(args[0] if args else named["input"])  # noqa: E731
+    return linear.register_forward_pre_hook(take, with_kwargs=True)
+
+
+def check_loss(loss, count):
+    """ValueError if what loss_fn gave for sample `count` is no finite scalar."""
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ValueError(f"the loss of calibration sample {count} is {found}: it must be a scalar tensor")
+    if not loss.isfinite():
+        raise ValueError(f"the loss of calibration sample {count} is {loss.item()}")
+
+
+def see_gradients(model, linears, batches, loss_fn):
+    """Algorithm 1's S: the list of S_i, from one forward and backward pass per batch, and the batches as a list.
+
+    A layer that no batch runs has S_i = 0. One that runs and can get no gradient is an error, not a zero.
+    """
+    scores, seen = dict.fromkeys(linears, 0.0), []
+    reached, dark = set(), set()  # the layers that a gradient came to; those that ran with gradients off
+
+    def see_input(name, X):
+        if not X.isfinite().all():
+            raise ValueError(f"layer {name} gets NaN or infinity as input")
+        if not torch.is_grad_enabled():
+            dark.add(name)
+
+    def see_gradient(name, weight):
+        score = sensitivity(weight.detach(), weight.grad).item()
+        weight.grad = None  # before backward makes the next layer's: one at most is alive
+        if not math.isfinite(score):
+            raise ValueError(f"the gradient of layer {name} has NaN or infinity")
+        scores[name] += score
+        reached.add(name)
+
+    with only_looking(model) as hooks:
+        for name, linear in linears.items():
+            weight = linear.weight.requires_grad_(True)
+            weight.grad = None
+            hooks.append(on_input(linear, partial(see_input, name)))
+            hooks.append(weight.register_post_accumulate_grad_hook(partial(see_gradient, name)))
+        for batch in batches:
+            seen.append(batch)
+            with torch.enable_grad():
+                loss = loss_fn(model, batch)
+            check_loss(loss, len(seen))
+            if loss.requires_grad:  # not if the sample passed by every target
+                loss.backward()
+    if not seen:
         raise ValueError("there is no sample to calibrate on")
-    return [S / count for S in scores.values()], {name: C / count for name, C in covariances.items()}
+    # Reentrant checkpointing runs with gradients off, too, but then a gradient comes: unless its input has none.
+    lost = [name for name in linears if name not in reached and (name in dark or not reached)]
+    if lost:
+        raise ValueError(
+            f"no gradient reaches layer {lost[0]} ({len(lost)} of {len(linears)} layers): no sample runs it, the loss "
+            "is detached, gradients are off (no_grad, inference_mode), or checkpointing needs use_reentrant=False"
+        )
+    return [S / len(seen) for S in scores.values()], seen
+
+
+@torch.no_grad()
+def see_inputs(model, linears, batches, loss_fn, center):
+    """Algorithm 1's C: {name: C_i (n, n)}, each where its layer computes, from forward passes alone.
+
+    Apart from the gradients, because a forward pass per group of layers costs less than holding all C at
+    once, and because activation checkpointing runs a layer twice per backward pass.
+    """
+    covariances = {}
+
+    def see_input(name, X):
+        C = covariance(X.detach(), center)
+        covariances[name] = covariances[name].add_(C) if name in covariances else C
+        if not covariances[name].diagonal().isfinite().all():  # no entry of C is above its largest diagonal one
+            raise ValueError(f"layer {name} gets values too large to square as input")
+
+    with only_looking(model) as hooks:
+        hooks.extend(on_input(linear, partial(see_input, name)) for name, linear in linears.items())
+        for batch in batches:
+            loss_fn(model, batch)
+    for name in linears.keys() - covariances.keys():  # no sample runs them
+        covariances[name] = covariance(linears[name].weight.new_zeros(1, linears[name].in_features))
+    for C in covariances.values():
+        C /= len(batches)
+    return covariances
+
+
+def in_parts(linears, memory):
+    """`linears` in consecutive dicts, each as long as its C take at most `memory` bytes; one layer at least."""
+    part, size = {}, 0
+    for name, linear in linears.items():
+        C = linear.in_features**2 * max(4, linear.weight.element_size())
+        if part and size + C > memory:
+            yield part
+            part, size = {}, 0
+        part[name] = linear
+        size += C
+    if part:
+        yield part
 
 
 # ------------------------------------------------------------------- ranks and scalings
@@ -260,23 +331,31 @@ def exact_vectors(M, r):
 
 
 def fast_vectors(M, r):
-    """The same space without the full SVD: power iterations on M^T M that keep every iterate.
+    """The same space without the full SVD, where that is the faster way; otherwise by the full SVD.
 
     (Block Krylov, Musco & Musco 2015, arXiv 1504.05477.) `width` random columns are multiplied by
-    M^T M again and again, and the singular vectors are sought in the span of all columns seen. The
+    M^T M again and again, and the singular vectors are sought in the span of all k columns seen. The
     last ones alone take more than 50 steps where sigma_r = 1.05 sigma_(r+1) and the rest is flat; all
     of them take about log n. bench/svd.md shows times and agreement.
     """
-    n = M.shape[1]
-    width = min(r + 8, n)
-    steps = min(n.bit_length() + 2, n // width)  # n // width steps fill R^n
+    m, n = M.shape
+    width = r + 8
+    steps = n.bit_length() + 2
+    k = width * (steps + 1)
+    if k > 5 / 8 * min(m, n):  # from about 2/3 on, the full SVD takes less time (bench/svd.md)
+        return exact_vectors(M, r)
     # A generator of its own: what the run draws does not depend on it.
     start = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=M.dtype)
     blocks = [start.to(M.device)]
     for _ in range(steps):
         blocks.append(torch.linalg.qr(M.mT @ (M @ blocks[-1])).Q)  # (n, width)
-    Q = torch.linalg.qr(torch.cat(blocks, dim=1)[:, :n]).Q  # (n, k)
+    Q = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # (n, k)
     return exact_vectors(M @ Q, r) @ Q.mT
+
+
+def in_float64(T):
+    """T in float64, because C squares the spread of the activations' scales. On the CPU or on CUDA: MPS has none."""
+    return (T if T.is_cuda else T.cpu()).double()
 
 
 def square_roots(C, eps=1e-6):
@@ -304,47 +383,6 @@ def init_A(W, C, r, init="wc", svd="fast"):
     return vectors(W @ (C / C.abs().max().clamp_min(torch.finfo(C.dtype).tiny)), r)
 
 
-# ---------------------------------------------- Appendix A and B: why this A (for analysis only)
-
-
-def objective(A, C, delta):
-    """Eq. 9: J(A) = Tr[A C D^T D C A^T (A C A^T)^-1], D (m, n) the ideal update. A 0-dim tensor.
-
-    What B can reach with A frozen: the larger, the less is lost (Eq. 8). Where A C A^T is singular
-    its pseudo-inverse is meant.
-    """
-    DCA = delta @ C @ A.mT  # (m, r)
-    return torch.trace(DCA.mT @ DCA @ torch.linalg.pinv(A @ C @ A.mT, hermitian=True))
-
-
-def expected_loss(A, C, delta, noise=0.0):
-    """Eq. 8: the mean squared error with the best B for this A. `noise` is d_out sigma^2."""
-    return noise + torch.trace(delta @ C @ delta.mT) - objective(A, C, delta)
-
-
-def projector(A):
-    """P = A^T (A A^T)^-1 A (n, n), onto the row space of A. Eq. 10: J(A) = Tr[P M], P of A C^(1/2)."""
-    return torch.linalg.pinv(A) @ A
-
-
-def target_matrix(delta, C):
-    """M = (D C^(1/2))^T (D C^(1/2)) (n, n) of Eq. 10. The ideal update D is unknown before training:
-    with W0 in its place this is Appendix A's proxy."""
-    root, _ = square_roots(C, eps=0.0)
-    return (delta @ root).mT @ (delta @ root)
-
-
-def upper_bound(M, r):
-    """Eq. 12: no A of rank r has a J(A) above the sum of the r largest eigenvalues of M."""
-    return torch.linalg.eigvalsh(M)[-r:].sum()
-
-
-def subspace_similarity(U, V):
-    """Eqs. 15, 17: ||U^T V||_F^2 / r of the row spaces of U and V (r, n): 1 = equal, 0 = orthogonal."""
-    U, V = torch.linalg.qr(U.mT).Q, torch.linalg.qr(V.mT).Q
-    return (U.mT @ V).square().sum() / U.shape[1]
-
-
 # ------------------------------------------------------------------------- the verbs
 
 
@@ -363,13 +401,20 @@ def calibrate(
     adapt_rank: bool = True,
     adapt_scale: bool = True,
     center: bool = False,
+    spectrum=True,
+    memory=2**31,
 ):
     """Algorithm 1: look at the task, return the plan {layer name: Allocation} for `inject`.
 
-    `batches` yields batches of one example each (wrap it in tqdm for a progress bar; fewer than
-    `samples` will do), loss_fn(model, batch) gives the scalar loss. The model is in eval mode
-    meanwhile; modes, requires_grad and the state of the random generator come back as they were.
-    ValueError as `inject` says, if there is no batch, and where a layer sees NaN or infinity.
+    `batches` yields batches of one example each (wrap it in tqdm for a progress bar; fewer than `samples`
+    will do), loss_fn(model, batch) gives the scalar loss and leaves the batch as it is: it comes again. The
+    model is in eval mode meanwhile; modes, requires_grad and the state of the random generator come back as
+    they were. ValueError as `inject` says, if there is no batch, if no gradient comes, and where a layer
+    sees NaN or infinity.
+
+    `memory`: bytes that the matrices C alive at once may take, one layer's at least. For all 28 GB of C of a
+    model of 7e9 numbers, 2 GiB mean 16 forward passes per sample and fit beside its half-precision weights
+    on a card of 24 GB. `spectrum`: keep the eigenvalues of C, which take about as long as A.
 
     Options:
         rank: rank r of the update; with adapted ranks, of the average layer
@@ -377,8 +422,8 @@ def calibrate(
         samples: calibration samples N, the first of the training set in the seeded order
         init: what A is: wc = the singular vectors of W C, the method; w = of W alone;
             random = as LoRA draws it; theory = Eq. 16, which is unstable
-        svd: exact = a full SVD; fast = the same space by random projection, six times as fast
-            at 1024 inputs and rank 8, a millisecond slower at 128
+        svd: exact = a full SVD; fast = the same space by random projection where that takes less
+            time: a third of it at 1024 inputs and rank 8, never at 128
         adapt_rank: a layer's rank follows its importance (Eq. 6); otherwise all have `rank`
         adapt_scale: a layer's scale follows its importance (Eq. 7); otherwise it is alpha / its rank
         center: C is a covariance, each sample's mean subtracted, as in the authors' code
@@ -390,19 +435,39 @@ def calibrate(
         raise ValueError(f"init '{init}' is unknown: allowed are wc, w, random, theory")
     if svd not in ("exact", "fast"):
         raise ValueError(f"svd '{svd}' is unknown: allowed are exact, fast")
-    scores, covariances = measure(model, linears, batches, loss_fn, samples, center)
+    scores, batches = see_gradients(model, linears, itertools.islice(batches, samples), loss_fn)
     caps = [min(linear.weight.shape) for linear in linears.values()]
     ranks = allocate_ranks(scores, len(caps) * rank, caps) if adapt_rank else [min(rank, cap) for cap in caps]
     scales = scalings(scores, ranks, rank, alpha, adapt_scale)
-    plan = {}
-    for (name, linear), r, s, score, share in zip(linears.items(), ranks, scales, scores, shares(scores)):
-        W = linear.weight.detach()
-        # float64, because C squares the spread of the activations' scales; on a GPU, but MPS has none.
-        C = covariances.pop(name).to(W.device if W.is_cuda else "cpu", torch.float64)
-        A = None if init == "random" or r == 0 else init_A(W.to(C), C, r, init, svd).cpu()
-        spectrum = torch.linalg.eigvalsh(C).clamp_min(0).flip(0)
-        plan[name] = Allocation(r, s, A, score, share, tuple(spectrum.tolist()))
+    given = zip(ranks, scales, itertools.repeat(None), scores, shares(scores))
+    plan = {name: Allocation(*each) for name, each in zip(linears, given)}
+    needed = {name: linear for name, linear in linears.items() if spectrum or (plan[name].rank and init != "random")}
+    for part in in_parts(needed, memory):
+        covariances = see_inputs(model, part, batches, loss_fn, center)
+        for name, linear in part.items():
+            complete(plan[name], linear.weight.detach(), covariances.pop(name), init, svd, spectrum)
     return plan
+
+
+def complete(given, W, C, init, svd, spectrum):
+    """Put A and, if asked for, the spectrum into the Allocation `given`, from W (m, n) and C (n, n)."""
+    W, C = in_float64(W), in_float64(C)
+    if given.rank and init != "random":
+        given.A = init_A(W, C, given.rank, init, svd).cpu()
+    if spectrum:
+        given.spectrum = tuple(torch.linalg.eigvalsh(C).clamp_min(0).flip(0).tolist())
+
+
+def check_plan(plan, linears):
+    """ValueError if a plan is not for these layers, or a rank or an A of it does not fit its layer."""
+    if set(plan) != set(linears):
+        raise ValueError(f"the plan is for other layers: {', '.join(sorted(set(plan) ^ set(linears)))}")
+    for name, given in plan.items():
+        m, n = linears[name].weight.shape
+        if given.rank not in range(min(m, n) + 1):
+            raise ValueError(f"the plan's rank {given.rank} does not fit layer {name} {(m, n)}: allowed are 0 to {min(m, n)}")
+        if given.A is not None and given.A.shape != (given.rank, n):
+            raise ValueError(f"the plan's A for layer {name} is {tuple(given.A.shape)}: {(given.rank, n)} is right")
 
 
 def inject(
@@ -439,8 +504,7 @@ def inject(
                     f"allowed are 1 to {min(linear.weight.shape)}, or exclude it"
                 )
         plan = {name: Allocation(rank, alpha / rank) for name in linears}
-    if set(plan) != set(linears):
-        raise ValueError(f"the plan is for other layers: {', '.join(sorted(set(plan) ^ set(linears)))}")
+    check_plan(plan, linears)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout} is not in [0, 1)")
     names = [name for name in linears if plan[name].rank]
@@ -688,6 +752,47 @@ def place_saved(model, path, layers, tensors, trained):
 def own_state(layer):
     """What an adapted layer holds beside its base: {name: tensor}, parameters and buffers."""
     return {key: t for key, t in layer.state_dict().items() if not key.startswith("base.")}
+
+
+# ------------------------------------- for analysis only: why this A (Appendices A and B)
+
+
+def objective(A, C, delta):
+    """Eq. 9: J(A) = Tr[A C D^T D C A^T (A C A^T)^-1], D (m, n) the ideal update. A 0-dim tensor.
+
+    What B can reach with A frozen: the larger, the less is lost (Eq. 8). Where A C A^T is singular
+    its pseudo-inverse is meant.
+    """
+    DCA = delta @ C @ A.mT  # (m, r)
+    return torch.trace(DCA.mT @ DCA @ torch.linalg.pinv(A @ C @ A.mT, hermitian=True))
+
+
+def expected_loss(A, C, delta, noise=0.0):
+    """Eq. 8: the mean squared error with the best B for this A. `noise` is d_out sigma^2."""
+    return noise + torch.trace(delta @ C @ delta.mT) - objective(A, C, delta)
+
+
+def projector(A):
+    """P = A^T (A A^T)^-1 A (n, n), onto the row space of A. Eq. 10: J(A) = Tr[P M], P of A C^(1/2)."""
+    return torch.linalg.pinv(A) @ A
+
+
+def target_matrix(delta, C):
+    """M = (D C^(1/2))^T (D C^(1/2)) (n, n) of Eq. 10. The ideal update D is unknown before training:
+    with W0 in its place this is Appendix A's proxy."""
+    root, _ = square_roots(C, eps=0.0)
+    return (delta @ root).mT @ (delta @ root)
+
+
+def upper_bound(M, r):
+    """Eq. 12: no A of rank r has a J(A) above the sum of the r largest eigenvalues of M."""
+    return torch.linalg.eigvalsh(M)[-r:].sum()
+
+
+def subspace_similarity(U, V):
+    """Eqs. 15, 17: ||U^T V||_F^2 / r of the row spaces of U and V (r, n): 1 = equal, 0 = orthogonal."""
+    U, V = torch.linalg.qr(U.mT).Q, torch.linalg.qr(V.mT).Q
+    return (U.mT @ V).square().sum() / U.shape[1]
 
 
 # -------------------------------------------------------------------------- the demo

@@ -8,6 +8,7 @@ import math
 import random
 import re
 import typing
+import warnings
 import weakref
 
 import numpy as np
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 import data
 import task_tlora
 from baselines import lora
-from model import default_targets, load_base, logits
-from task_tlora import Allocation, TaskTLoRALinear, calibrate, inject, merge, param_groups
+from model import load_base, logits
+from task_tlora import Allocation, TaskTLoRALinear, calibrate, inject, merge, param_groups, see_gradients, see_inputs
 
 INITS = ["wc", "w", "random", "theory"]
 
@@ -136,10 +137,17 @@ def projector(A):
     return A.T @ A  # rows orthonormal
 
 
-def test_measure_gives_the_matrix_C_itself():
+def same(one, other):
+    """Two plans are equal to the bit, A and the spectrum included."""
+    pairs = [(one[name].A, other[name].A) for name in one]
+    plain = [{name: {**vars(given), "A": None} for name, given in plan.items()} for plan in (one, other)]
+    return plain[0] == plain[1] and all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
+
+def test_see_inputs_gives_the_matrix_C_itself():
     model, batches = transformer(), examples(3)
-    linears = {"twice": model.twice}
-    scores, covariances = task_tlora.measure(model, linears, batches, loss_fn, 32, False)
+    linears = {"twice": model.twice, "never": model.never}
+    covariances = see_inputs(model, linears, batches, loss_fn, False)
     reference = transformer().eval()
     for batch in batches:
         reference(batch[0])
@@ -147,12 +155,63 @@ def test_measure_gives_the_matrix_C_itself():
     assert len(reference.twice.seen) == 6  # two calls a sample
     error = (covariances["twice"] - X.mT @ X / 3).abs().max().item()
     print("largest difference", error)
-    assert error < 1e-12 and len(scores) == 1 and scores[0] > 0
+    assert error < 1e-12
+    assert torch.equal(covariances["never"], torch.zeros(12, 12, dtype=torch.float64))  # no sample runs it
+
+
+def test_C_holds_no_graph_where_the_loss_turns_gradients_on():
+    model = Blocks()
+    model.embed.register_forward_hook(lambda module, args, x: x.requires_grad_())
+
+    def loss(model, batch):
+        with torch.enable_grad():
+            value = loss_fn(model, batch)
+        assert value.requires_grad
+        return value
+
+    covariances = see_inputs(model, {"blocks.1.2": model.blocks[1][2]}, examples(), loss, False)
+    assert covariances["blocks.1.2"].trace() > 1 and not covariances["blocks.1.2"].requires_grad
+
+
+def test_S_is_the_mean_over_the_batches_there_are_and_they_come_back():
+    model, batches = transformer(), examples(3)
+    linears = {"twice": model.twice, "never": model.never}
+    scores, seen = see_gradients(model, linears, iter(batches), loss_fn)
+    alone = [see_gradients(model, linears, [batch], loss_fn)[0][0] for batch in batches]
+    assert all(a is b for a, b in zip(seen, batches, strict=True))
+    assert len(set(alone)) == 3 and scores == [pytest.approx(sum(alone) / 3, rel=1e-14), 0.0]
+    assert same(*(calibrate(model, TARGETS, batches, loss_fn, samples=n) for n in (3, 32)))
+
+
+def test_a_layer_called_by_keyword_is_seen():
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return self[1](input=torch.tanh(self[0](x)))
+
+    torch.manual_seed(0)
+    model, batches = Named(nn.Linear(9, 7), nn.Linear(7, 5)), list(torch.randn(4, 1, 9))
+    plain = nn.Sequential(model[0], nn.Tanh(), model[1])
+    square = lambda m, x: m(x).square().sum()  # noqa: E731
+    one, other = calibrate(model, ["1"], batches, square, rank=2), calibrate(plain, ["2"], batches, square, rank=2)
+    assert one["1"].score > 0 and any(one["1"].spectrum) and same(one, {"1": other["2"]})
 
 
 def test_sensitivity_is_Eq_5_on_a_worked_example():
     W, G = torch.tensor([[1.0, -2.0], [0.5, 0.0]]), torch.tensor([[3.0, 1.0], [-4.0, 9.0]])
     assert task_tlora.sensitivity(W, G).item() == (3 + 2 + 2 + 0) / 4
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_sensitivity_of_low_precision_is_computed_in_float32(low):
+    g = torch.Generator().manual_seed(0)
+    W, G = (torch.randn(50, 40, generator=g).to(low) for _ in range(2))
+    S = task_tlora.sensitivity(W, G)
+    exact = (W.double() * G.double()).abs().mean().item()
+    print("relative error", abs(S.item() / exact - 1), "in the layer's own", abs((W * G).abs().mean().item() / exact - 1))
+    assert S.dtype == torch.float32 and abs(S.item() / exact - 1) < 1e-6 < abs((W * G).abs().mean().item() / exact - 1)
+    tiny = torch.full((2, 2), 1e-4).half()  # their products are below the smallest number of float16
+    assert task_tlora.sensitivity(tiny, tiny).item() == pytest.approx(1e-8, rel=1e-2) and not (tiny * tiny).any()
+    assert task_tlora.sensitivity(W.double(), G.double()).dtype == torch.float64
 
 
 def test_covariance_sums_over_tokens_and_centres_on_request():
@@ -173,7 +232,7 @@ def test_only_the_first_samples_are_read():
 
 def test_bfloat16_models_and_autocast_are_measured_in_float32():
     model = transformer(torch.bfloat16)
-    _, C = task_tlora.measure(model, {"k_proj": model.k_proj}, examples(4), loss_fn, 32, False)
+    C = see_inputs(model, {"k_proj": model.k_proj}, examples(4), loss_fn, False)
     X = torch.cat([x.reshape(-1, 12) for x in model.k_proj.seen]).double()
     error = (C["k_proj"].double() - X.mT @ X / 4).abs().max() / C["k_proj"].max()
     rounded = (C["k_proj"].bfloat16().double() - X.mT @ X / 4).abs().max() / C["k_proj"].max()
@@ -185,7 +244,7 @@ def test_bfloat16_models_and_autocast_are_measured_in_float32():
             return loss_fn(model, batch)
 
     model = transformer(torch.float32)
-    _, C = task_tlora.measure(model, {"k_proj": model.k_proj}, examples(4), mixed, 32, False)
+    C = see_inputs(model, {"k_proj": model.k_proj}, examples(4), mixed, False)
     X = torch.cat([x.reshape(-1, 12) for x in model.k_proj.seen]).double()
     assert (C["k_proj"].double() - X.mT @ X / 4).abs().max() / C["k_proj"].max() < 1e-6
 
@@ -203,6 +262,183 @@ def test_one_weight_gradient_at_most_is_alive(monkeypatch):
     calibrate(model, TARGETS, examples(3), loss_fn, rank=2)
     assert len(peak) == 3 * (len(TARGETS) - 1)  # `never` has none
     assert set(peak) == {1}
+
+
+@pytest.mark.parametrize("kilobytes, parts", [(0, 8), (2.3, 5), (3.4, 4), (14.9, 2), (100, 1)])
+def test_C_is_held_for_as_many_layers_as_fit_and_the_plan_is_the_same_to_the_bit(monkeypatch, kilobytes, parts):
+    """C takes 12 x 12 x 8 bytes, 1.125 kB, in all layers but down_proj (36 inputs): 10.125 kB, the fifth."""
+    calls, alive, counts = [], [], []
+
+    def counting(model, linears, *others):
+        assert not any(ref() is not None for ref in alive)  # of the parts before
+        covariances = see_inputs(model, linears, *others)
+        alive[:] = [weakref.ref(C) for C in covariances.values()]
+        counts.append(sum(C.numel() * C.element_size() for C in covariances.values()))
+        assert counts[-1] <= 1024 * kilobytes or len(linears) == 1
+        calls.append(list(linears))
+        return covariances
+
+    whole = calibrate(transformer(), TARGETS, examples(), loss_fn, rank=2)
+    passes = []
+    loss = lambda model, batch: passes.append(torch.is_grad_enabled()) or loss_fn(model, batch)  # noqa: E731
+    monkeypatch.setattr(task_tlora, "see_inputs", counting)
+    plan = calibrate(transformer(), TARGETS, examples(), loss, rank=2, memory=1024 * kilobytes)
+    assert same(plan, whole) and len({given.score for given in plan.values()}) == len(TARGETS)
+    assert sum(calls, []) == TARGETS and len(calls) == parts
+    assert passes == [True] * 6 + [False] * 6 * parts
+
+
+def test_layers_are_parted_by_the_bytes_of_their_C():
+    linears = {name: nn.Linear(n, 2, dtype=dtype) for name, n, dtype in [
+        ("a", 10, torch.float32), ("b", 10, torch.float64), ("c", 10, torch.bfloat16), ("d", 20, torch.float16),
+    ]}  # fmt: skip
+    parted = lambda memory: [list(part) for part in task_tlora.in_parts(linears, memory)]  # noqa: E731
+    assert parted(3200) == [["a", "b", "c", "d"]]  # 400 + 800 + 400 + 1600: float32 at least
+    assert parted(3199) == [["a", "b", "c"], ["d"]] == parted(1600)
+    assert parted(1599) == [["a", "b"], ["c"], ["d"]] == parted(1200)
+    assert parted(1199) == [["a"], ["b"], ["c"], ["d"]] == parted(0)
+    assert all(part[name] is linears[name] for part in task_tlora.in_parts(linears, 0) for name in part)
+    assert list(task_tlora.in_parts({}, 0)) == []
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_the_spectrum_is_left_out_on_request_with_every_C_that_nothing_else_needs(monkeypatch, init):
+    asked = []
+    full = calibrate(transformer(), TARGETS, examples(), loss_fn, rank=2, init=init)
+    monkeypatch.setattr(task_tlora, "see_inputs", lambda m, linears, *o: asked.extend(linears) or see_inputs(m, linears, *o))
+    plan = calibrate(transformer(), TARGETS, examples(), loss_fn, rank=2, init=init, spectrum=False)
+    assert all(len(given.spectrum) > 0 for given in full.values())
+    assert all(given.spectrum == () for given in plan.values())
+    for given in full.values():
+        given.spectrum = ()
+    assert same(plan, full) and plan["never"].rank == 0
+    assert asked == ([] if init == "random" else [name for name in TARGETS if plan[name].rank])
+    assert task_tlora.describe(plan)["q_proj"]["spectrum"] == ()
+
+
+# ------------------------------------------------------ zeros that are no scores
+
+
+class Blocks(nn.Module):
+    """An embedding, two blocks, a head; the blocks run as `run(block, x)` says."""
+
+    def __init__(self, run=lambda block, x: block(x)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.run = nn.Embedding(20, 12), run
+        block = lambda: nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12), nn.Dropout(0.5))  # noqa: E731
+        self.blocks, self.head = nn.ModuleList([block(), block()]), nn.Linear(12, 3)
+        self.double()
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + self.run(block, x)
+        return self.head(x.mean(1))
+
+
+def checkpointed(reentrant):
+    return lambda block, x: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+
+
+def without_gradient(block, x):
+    with torch.no_grad():
+        return block(x)
+
+
+def detached(model, batch):
+    return loss_fn(model, batch).detach()
+
+
+def in_no_grad(model, batch):
+    with torch.no_grad():
+        return loss_fn(model, batch)
+
+
+BLOCKS = ["blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2"]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # what torch itself says of it
+@pytest.mark.parametrize(
+    "run, loss, targets, lost",
+    [
+        (checkpointed(True), loss_fn, BLOCKS, "blocks.0.0 (4 of 4 layers)"),
+        (checkpointed(True), loss_fn, [*BLOCKS, "head"], "blocks.0.0 (4 of 5 layers)"),  # the head has gradients
+        (without_gradient, loss_fn, [*BLOCKS[:2], "head"], "blocks.0.0 (2 of 3 layers)"),
+        (checkpointed(False), detached, BLOCKS, "blocks.0.0 (4 of 4 layers)"),
+        (checkpointed(False), in_no_grad, [*BLOCKS[:3], "head"], "blocks.0.0 (4 of 4 layers)"),
+    ],
+)
+def test_a_layer_that_can_get_no_gradient_is_an_error(run, loss, targets, lost):
+    model = Blocks(run)
+    with pytest.raises(ValueError) as error:
+        calibrate(model, targets, examples(), loss, rank=2)
+    assert f"no gradient reaches layer {lost}" in str(error.value) and "\n" not in str(error.value)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not model.head._forward_pre_hooks
+
+
+def test_inference_mode_is_an_error_and_no_grad_is_not():
+    model = transformer()
+    with torch.inference_mode(), pytest.raises(ValueError, match="no gradient reaches layer q_proj .8 of 8 layers"):
+        calibrate(model, TARGETS, examples(), loss_fn)
+    assert all(p.requires_grad for p in model.parameters())
+    plan = calibrate(model, TARGETS, examples(), loss_fn)
+    with torch.no_grad():
+        assert same(calibrate(model, TARGETS, examples(), loss_fn), plan)
+    assert len({given.score for given in plan.values()}) == len(TARGETS)
+
+
+def test_gradients_that_are_zero_are_an_allocation_like_any_other():
+    plan = calibrate(Blocks(), BLOCKS, examples(), lambda m, b: 0 * loss_fn(m, b), rank=3, alpha=6.0)
+    assert [(given.score, given.rank, given.scaling, given.share) for given in plan.values()] == [(0.0, 3, 2.0, 0.25)] * 4
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # in the passes without gradients
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_counts_every_input_once(reentrant):
+    """Its backward pass runs each layer a second time."""
+    runs = []
+
+    def run(block, x):
+        runs.append(torch.is_grad_enabled())
+        return checkpointed(reentrant)(lambda x: runs.append(torch.is_grad_enabled()) or block(x), x)
+
+    model, plain = Blocks(run), Blocks()
+    if reentrant:  # a user who did the right thing: the input of the first block asks for a gradient
+        model.embed.register_forward_hook(lambda module, args, x: x.requires_grad_())
+    plan = calibrate(model, BLOCKS, examples(), loss_fn, rank=3)
+    assert len(runs) == 6 * (2 * 3 + 2 * 2)  # two blocks, run again in backward; forward passes alone do not
+    expected = calibrate(plain, BLOCKS, examples(), loss_fn, rank=3)
+    assert same(plan, expected) and len({given.score for given in plan.values()}) == 4
+
+
+def test_a_layer_that_some_samples_pass_by_gets_the_mean_over_all():
+    model, batches = Blocks(), examples(4)
+    every = [see_gradients(model, {"head": model.head}, [batch], loss_fn)[0][0] for batch in batches]
+    some = lambda m, b: loss_fn(m, b) if b is batches[1] else m.embed.weight.sum()  # noqa: E731
+    scores, seen = see_gradients(model, {"head": model.head}, batches, some)
+    assert scores == [every[1] / 4] and len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    "loss, found",
+    [
+        (lambda m, b: m(b[0]), r"a tensor of shape \(1, 3\)"),
+        (lambda m, b: 1.5, "float"),
+        (lambda m, b: {"loss": loss_fn(m, b)}, "dict"),
+        (lambda m, b: loss_fn(m, b)[None][:0], r"a tensor of shape \(0,\)"),
+        (lambda m, b: None, "NoneType"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_tensor_is_named(loss, found):
+    with pytest.raises(ValueError, match=f"^the loss of calibration sample 1 is {found}: it must be a scalar tensor$"):
+        calibrate(transformer(), TARGETS, examples(), loss)
+
+
+def test_a_loss_of_one_entry_will_do():
+    one = calibrate(transformer(), TARGETS, examples(), lambda m, b: loss_fn(m, b)[None])
+    assert same(one, calibrate(transformer(), TARGETS, examples(), loss_fn))
 
 
 def test_calibration_leaves_the_model_and_the_generator_as_they_were():
@@ -246,8 +482,11 @@ def test_a_layer_that_sees_NaN_or_infinity_is_named(bad):
 
 def test_inputs_too_large_to_square_are_named():
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="layer 0 gets NaN"):
-        calibrate(model, ["0"], [torch.full((1, 2), 1e30)], lambda m, x: m(x).sum(), rank=1)
+    loss = lambda m, x: m(x).sum()  # noqa: E731
+    for batches in ([torch.full((1, 2), 1e30)], [torch.tensor([[0.0, 1.5e19]])] * 2):  # at once; as a sum
+        with pytest.raises(ValueError, match="^layer 0 gets values too large to square as input$"):
+            calibrate(model, ["0"], batches, loss, rank=1)
+    assert calibrate(model, ["0"], batches[:1], loss, rank=1)["0"].spectrum[0] == pytest.approx(2.25e38)
 
 
 def test_a_gradient_or_a_loss_that_is_not_finite_is_named():
@@ -259,12 +498,18 @@ def test_a_gradient_or_a_loss_that_is_not_finite_is_named():
         calibrate(model, ["0"], [1.0, math.nan], lambda m, x: m(torch.ones(1, 2)).sum() * x, rank=1)
 
 
-def test_no_sample_is_an_error_and_targets_that_never_run_are_not():
+def test_no_sample_is_an_error_and_so_is_no_layer_that_runs():
     with pytest.raises(ValueError, match="no sample"):
         calibrate(transformer(), ["v_proj"], [], loss_fn)
-    plan = calibrate(transformer(), ["never"], examples(), loss_fn, rank=3, alpha=6.0)
-    assert (plan["never"].rank, plan["never"].scaling, plan["never"].score) == (3, 2.0, 0.0)
-    assert torch.allclose(plan["never"].A @ plan["never"].A.mT, torch.eye(3, dtype=torch.float64), atol=1e-12)
+    with pytest.raises(ValueError, match="no gradient reaches layer never .1 of 1 layers.: no sample runs it"):
+        calibrate(transformer(), ["never"], examples(), loss_fn)
+
+
+def test_a_layer_that_never_runs_gets_a_full_A_where_it_gets_a_rank():
+    plan = calibrate(transformer(), ["never", "pool"], examples(), loss_fn, rank=3, alpha=6.0, adapt_rank=False)
+    given = plan["never"]
+    assert (given.rank, given.scaling, given.score, given.spectrum) == (3, 0.0, 0.0, (0.0,) * 12)
+    assert torch.allclose(given.A @ given.A.mT, torch.eye(3, dtype=torch.float64), atol=1e-12)
 
 
 # ------------------------------------------------------------------- ranks and scalings
@@ -301,6 +546,14 @@ def test_ranks_always_sum_to_the_budget_within_the_caps():
             if scores[i] > scores[j] and ranks[i] < caps[i]:
                 assert ranks[i] >= ranks[j]
     assert 300 < clipped < 2700
+
+
+def test_a_budget_that_fits_exactly_is_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert task_tlora.allocate_ranks([3.0, 1.0, 0.0], 12, [3, 4, 5]) == [3, 4, 5]
+        with pytest.raises(UserWarning, match="^a total rank of 13 is more than the layers can hold: clipped to 12$"):
+            task_tlora.allocate_ranks([3.0, 1.0, 0.0], 13, [3, 4, 5])
 
 
 def test_ranks_are_Eq_6_rounded_wherever_that_keeps_the_budget():
@@ -486,10 +739,14 @@ def spectra(n, r):
     yield "without order", np.linalg.svd(np.random.default_rng(n).normal(size=(n, n)))[1]
 
 
-@pytest.mark.parametrize("n", [3, 16, 40, 96, 300])
-@pytest.mark.parametrize("r", [1, 2, 8])
+def random_columns(n, r):
+    """How many columns the fast path would see, by its docstring: start and log2(n) + 2 steps of r + 8."""
+    return (r + 8) * (1 + math.floor(math.log2(n)) + 1 + 2)
+
+
+@pytest.mark.parametrize("n, r", [(200, 1), (300, 1), (300, 2), (320, 8)])
 def test_the_fast_path_spans_the_space_of_the_exact_one(n, r):
-    r = min(r, n - 1)
+    assert random_columns(n, r) < 5 / 8 * n  # no full SVD
     for name, sigma in spectra(n, r):
         M = matrix_with(sigma, m=n + 5)
         exact, fast = task_tlora.exact_vectors(M, r), task_tlora.fast_vectors(M, r)
@@ -501,47 +758,65 @@ def test_the_fast_path_spans_the_space_of_the_exact_one(n, r):
         assert torch.allclose(fast @ fast.mT, torch.eye(r, dtype=M.dtype), atol=1e-12)
 
 
-def test_the_fast_path_is_not_the_exact_one_in_disguise(monkeypatch):
-    """The full SVD sees a matrix far narrower than M."""
-    shapes, exact = [], task_tlora.exact_vectors
-    monkeypatch.setattr(task_tlora, "exact_vectors", lambda M, r: shapes.append(M.shape) or exact(M, r))
-    task_tlora.fast_vectors(torch.randn(600, 1024), 8)
-    assert len(shapes) == 1 and shapes[0][1] < 300
+@pytest.mark.parametrize("m, n, r, width", [
+    (600, 1024, 8, 224), (1024, 1024, 8, 224), (512, 512, 8, 208), (2000, 512, 8, 208), (300, 300, 1, 108),
+    (1024, 1024, 37, 630),  # of 640
+    (1024, 1024, 38, None), (512, 512, 17, None), (1024, 1024, 128, None), (256, 256, 8, None), (3, 3, 2, None),
+    (358, 1024, 8, None), (1024, 299, 8, None),  # the smaller side counts
+    (359, 1024, 8, 224),
+])  # fmt: skip
+def test_the_fast_path_is_not_the_exact_one_in_disguise_unless_that_is_faster(monkeypatch, m, n, r, width):
+    """The full SVD sees a matrix of `width` columns, or M itself where that would be 5/8 of its smaller side."""
+    shapes = []
+    monkeypatch.setattr(task_tlora, "exact_vectors", lambda M, r: shapes.append(M.shape) or M[:r])
+    g = torch.Generator().manual_seed(0)
+    M = torch.randn(m, n, generator=g)
+    A = task_tlora.fast_vectors(M, r)
+    assert shapes == [(m, width or n)]
+    if width is None:
+        assert torch.equal(A, M[:r])
+    else:
+        assert width == random_columns(n, r) <= 5 / 8 * min(m, n)
 
 
-def test_fast_and_exact_agree_on_a_transformers_activations():
-    for targets in (TARGETS[:3], TARGETS[3:7]):
-        fast, exact = (
-            calibrate(transformer(width=48), targets, examples(32), loss_fn, rank=4, svd=svd)
-            for svd in ("fast", "exact")
-        )
-        for name, allocation in exact.items():
-            phi = task_tlora.subspace_similarity(fast[name].A, allocation.A).item()
-            print(name, allocation.rank, phi)
-            assert phi >= 0.999
+def test_the_svd_asked_for_is_the_svd_taken():
+    """Where Krylov pays, both give the same space and not the same bits; through calibrate, too."""
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(320, 300, bias=False)), list(torch.randn(3, 1, 400, 320))
+    loss = lambda m, x: m(x).square().mean()  # noqa: E731
+    C = see_inputs(model, {"0": model[0]}, batches, loss, False)["0"].double()
+    M = model[0].weight.detach().double() @ (C / C.abs().max())
+    for svd, vectors in (("exact", task_tlora.exact_vectors), ("fast", task_tlora.fast_vectors)):
+        A = calibrate(model, ["0"], batches, loss, rank=1, svd=svd)["0"].A
+        assert torch.equal(A, vectors(M, 1)) and torch.equal(A, task_tlora.init_A(M, torch.eye(320).double(), 1, svd=svd))
+    assert not torch.equal(task_tlora.exact_vectors(M, 1).abs(), task_tlora.fast_vectors(M, 1).abs())
+    assert inspect.signature(calibrate).parameters["svd"].default == "fast"
 
 
-def test_fast_and_exact_agree_at_every_layer_of_the_pretrained_base():
+def test_fast_and_exact_agree_on_the_activations_of_the_pretrained_base():
+    """C of its widest layers, with a W of full rank: theirs of rank 128 take the full SVD."""
     tokenizer, task = data.Tokenizer(), data.TASKS["cola"]
     base = load_base(data.ASSETS / "encoder.safetensors", "classification", 2)
     rows = data.features(task, data.load("cola")[:32], tokenizer, 64)
     batches = [next(data.batches([row], task, 1, tokenizer.pad_id)) for row in rows]
     loss = lambda model, batch: F.cross_entropy(logits(model, batch), batch["labels"])  # noqa: E731
-    linears = task_tlora.find_linears(base, default_targets(base))
-    _, covariances = task_tlora.measure(base, linears, batches, loss, 32, False)
+    linears = task_tlora.find_linears(base, ["down_proj"])
+    W = torch.randn(512, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gaps = []
-    for name, linear in linears.items():
-        M = linear.weight.detach().double() @ covariances[name].double()
-        sigma = torch.linalg.svdvals(M)
-        for r in (1, 2, 4, 8, 16, 32):
-            exact, fast = task_tlora.exact_vectors(M, r), task_tlora.fast_vectors(M, r)
-            energy = (M @ fast.mT).square().sum() / (M @ exact.mT).square().sum()
-            phi = task_tlora.subspace_similarity(fast, exact).item()
+    for name, C in see_inputs(base, linears, batches, loss, False).items():
+        M = W @ C.double()
+        exact = task_tlora.exact_vectors(M, 17)
+        sigma = (M @ exact.mT).norm(dim=0)
+        for r in (1, 2, 4, 8, 16):
+            assert random_columns(512, r) < 5 / 8 * 512  # no full SVD
+            fast = task_tlora.fast_vectors(M, r)
+            energy = (M @ fast.mT).square().sum() / sigma[:r].square().sum()
+            phi = task_tlora.subspace_similarity(fast, exact[:r]).item()
             gaps.append((sigma[r - 1] / sigma[r]).item())
             print(f"{name} r {r}: gap {gaps[-1]:.3f} phi {phi:.6f} energy {energy:.6f}")
             assert energy >= 0.999
             assert phi >= 0.999 or gaps[-1] < 1.05
-    assert len(gaps) == 6 * len(linears) > 50 and sum(gap >= 1.05 for gap in gaps) > 20
+    assert len(gaps) == 5 * len(linears) == 20 and sum(gap >= 1.05 for gap in gaps) > 8
 
 
 @pytest.mark.parametrize("svd", ["exact", "fast"])
@@ -681,8 +956,19 @@ def test_the_theory_init_amplifies_the_small_directions_and_wc_does_not():
 def test_square_roots_take_an_eigenvalue_that_rounding_made_negative():
     C = torch.diag(torch.tensor([1.0, -1e-5], dtype=torch.float64))
     root, inverse_root = task_tlora.square_roots(C)
-    assert root.diag().tolist() == pytest.approx([(1 + 1e-6) ** 0.5, 1e-3])
-    assert inverse_root.diag().tolist() == pytest.approx([(1 + 1e-6) ** -0.5, 1e3])
+    assert root.diag().tolist() == pytest.approx([(1 + 1e-6) ** 0.5, 1e-3], rel=1e-14)
+    assert inverse_root.diag().tolist() == pytest.approx([(1 + 1e-6) ** -0.5, 1e3], rel=1e-14)
+
+
+def test_eps_is_added_to_every_eigenvalue():
+    """C + eps I of Appendix A, not a least value: an eigenvalue above eps moves, too."""
+    C = torch.diag(torch.tensor([4.0, 1e-6, 0.0], dtype=torch.float64))
+    for eps, options in ((1e-6, {}), (0.5, {"eps": 0.5})):
+        root, inverse_root = task_tlora.square_roots(C, **options)
+        expected = [math.sqrt(value + eps) for value in (4.0, 1e-6, 0.0)]
+        assert root.diag().tolist() == pytest.approx(expected, rel=1e-14)
+        assert inverse_root.diag().tolist() == pytest.approx([1 / value for value in expected], rel=1e-14)
+        assert not (root - root.diag().diag()).any()
 
 
 def test_Eqs_15_and_17_subspace_similarity():
@@ -725,6 +1011,43 @@ def test_the_layer_is_Eq_1_in_numpy():
     W, b, B = (t.detach().numpy() for t in (linear.weight, linear.bias, layer.B))
     expected = x.numpy() @ (W + 1.7 * B @ A.numpy()).T + b
     assert np.allclose(layer(x).detach().numpy(), expected, atol=1e-13)
+
+
+def test_dropout_is_on_the_adapters_input_and_in_training_alone():
+    torch.manual_seed(0)
+    linear, A, B = nn.Linear(9, 7), torch.randn(3, 9), torch.randn(7, 3)
+    layer = TaskTLoRALinear(linear, Allocation(3, 1.7, A), False, 0.4)
+    layer.B.data = B
+    x = torch.randn(50, 9)
+    torch.manual_seed(1)
+    kept = F.dropout(torch.ones(50, 9), 0.4)  # 0 or 1 / 0.6
+    assert 0.3 < (kept == 0).double().mean() < 0.5
+    torch.manual_seed(1)
+    trained = layer.train()(x)
+    with torch.no_grad():
+        in_training, in_eval = (linear(x) + 1.7 * (x * factor) @ A.mT @ B.mT for factor in (kept, 1))
+    print("largest differences", (trained - in_training).abs().max().item(), (layer.eval()(x) - in_eval).abs().max().item())
+    assert torch.allclose(trained, in_training, atol=1e-5) and torch.allclose(layer.eval()(x), in_eval, atol=1e-5)
+    assert (trained - in_eval).abs().max() > 1
+
+
+def test_a_wrapped_layer_keeps_its_mode_and_its_place_in_it():
+    model = transformer()
+    model.v_proj.eval()
+    inject(model, ["v_proj", "k_proj"], rank=2, dropout=0.25)
+    assert (model.v_proj.training, model.k_proj.training) == (False, True)
+    assert model.v_proj.dropout == model.k_proj.dropout == 0.25
+    assert task_tlora.watch(model)["importance"] == {"k_proj": 0.0, "v_proj": 0.0}  # nothing was measured
+
+
+def test_the_groups_hold_what_is_trained_and_nothing_frozen():
+    model, plan, names = adapted(train_a=True)
+    model.head.requires_grad_(True)
+    (group,) = param_groups(model, lr=0.3, weight_decay=0.7)
+    trained = {name for name, p in model.named_parameters() if any(p is q for q in group["params"])}
+    assert trained == {f"{name}.{factor}" for name in names for factor in "AB"} | {"head.weight", "head.bias"}
+    assert len(group["params"]) == len(trained) and set(group) == {"params", "lr", "weight_decay"}
+    assert (group["lr"], group["weight_decay"]) == (0.3, 0.7)
 
 
 @pytest.mark.parametrize("train_a", [False, True])
@@ -861,10 +1184,49 @@ def test_wrong_input_is_refused_in_one_line():
         inject(model, ["q_proj", "k_proj"], plan=plan)
     with pytest.raises(ValueError, match=r"rank 13 does not fit layer q_proj \(12, 12\): .* 1 to 12"):
         inject(model, ["q_proj"], rank=13)
-    with pytest.raises(ValueError, match=r"dropout 1.0 is not in \[0, 1\)"):
-        inject(model, ["q_proj"], dropout=1.0)
+    for dropout in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match=rf"dropout {dropout} is not in \[0, 1\)"):
+            inject(model, ["q_proj"], dropout=dropout)
     assert not any(isinstance(m, TaskTLoRALinear) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())  # nothing was half done
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (Allocation(2, 1.0, torch.zeros(2, 12)), r"the plan's A for layer down_proj is \(2, 12\): \(2, 36\) is right"),
+        (Allocation(2, 1.0, torch.zeros(3, 36)), r"the plan's A for layer down_proj is \(3, 36\): \(2, 36\) is right"),
+        (Allocation(2, 1.0, torch.zeros(36)), r"the plan's A for layer down_proj is \(36,\): \(2, 36\) is right"),
+        (Allocation(0, 0.0, torch.zeros(1, 36)), r"the plan's A for layer down_proj is \(1, 36\): \(0, 36\) is right"),
+        (Allocation(13, 1.0), r"the plan's rank 13 does not fit layer down_proj \(12, 36\): allowed are 0 to 12"),
+        (Allocation(-1, 1.0), r"the plan's rank -1 does not fit layer down_proj \(12, 36\): allowed are 0 to 12"),
+        (Allocation(2.5, 1.0), r"the plan's rank 2.5 does not fit layer down_proj \(12, 36\): allowed are 0 to 12"),
+        (Allocation(24, 1.0, torch.zeros(24, 36)), r"the plan's rank 24 does not fit layer down_proj"),
+    ],
+)
+def test_a_plan_is_checked_whole_before_the_first_layer_is_replaced(wrong, words):
+    model = transformer()
+    plan = calibrate(model, TARGETS, examples(), loss_fn, rank=2)
+    plan["down_proj"] = wrong  # the fifth layer
+    with pytest.raises(ValueError, match=f"^{words}"):
+        inject(model, TARGETS, plan=plan)
+    assert not any(isinstance(m, TaskTLoRALinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    plan["down_proj"] = Allocation(12, 1.0, torch.zeros(12, 36))  # the largest rank there is
+    assert "down_proj" in inject(model, TARGETS, plan=plan)
+
+
+def test_the_defaults_are_the_documented_ones():
+    """Those of train.py's flags too, which it takes from the signatures."""
+    defaults = [
+        {p.name: p.default for p in inspect.signature(verb).parameters.values() if p.default is not p.empty}
+        for verb in (calibrate, inject)
+    ]
+    assert defaults == [
+        {"rank": 8, "alpha": 16.0, "samples": 32, "init": "wc", "svd": "fast", "adapt_rank": True, "adapt_scale": True,
+         "center": False, "spectrum": True, "memory": 2 * 1024**3},
+        {"plan": None, "rank": 8, "alpha": 16.0, "train_a": False, "dropout": 0.0},
+    ]  # fmt: skip
 
 
 def test_every_option_has_a_help_line_and_shared_ones_one_meaning():
@@ -873,12 +1235,13 @@ def test_every_option_has_a_help_line_and_shared_ones_one_meaning():
         keywords = [p for p in inspect.signature(verb).parameters.values() if p.kind is p.KEYWORD_ONLY]
         options = verb.__doc__.split("Options:\n")[1]
         helps = dict(re.findall(r"^        (\w+): (.*(?:\n            .*)*)", options, re.M))
-        assert list(helps) == [p.name for p in keywords if p.name != "plan"]
-        for p in keywords:
-            if p.name != "plan":
-                assert p.annotation in (int, float, bool) or typing.get_origin(p.annotation) is typing.Literal
-                entry = (p.annotation, p.default, helps[p.name])
-                assert documented.setdefault(p.name, entry) == entry
+        flags = [p for p in keywords if p.annotation is not p.empty]
+        assert list(helps) == [p.name for p in flags]
+        assert {p.name for p in keywords} - set(helps) == ({"plan"} if verb is inject else {"spectrum", "memory"})
+        for p in flags:
+            assert p.annotation in (int, float, bool) or typing.get_origin(p.annotation) is typing.Literal
+            entry = (p.annotation, p.default, helps[p.name])
+            assert documented.setdefault(p.name, entry) == entry
     assert {"rank", "alpha"} < set(documented) and len(documented) == 10
 
 
