@@ -6,7 +6,7 @@ LoRA in the form of an SVD, whose least important singular values are set to zer
     h = W0 x + alpha / (r + 1e-5) * B diag(E) A x        A (r, n), E (r, 1), B (m, r), all trained      (Eq. 3)
 
 with a penalty that keeps A's rows and B's columns orthonormal (Eq. 4). E starts at zero, so the update does.
-The total rank falls from r to the target in a cubic curve (Eq. 12 of the paper's appendix); which values of E stay
+The total rank falls from r to the target in a cubic curve (Eq. 12); which values of E stay
 is decided by sensitivity, smoothed, times its uncertainty (Eqs. 7 to 11). In the loop:
 
     (loss + penalty(model)).backward()
