@@ -16,8 +16,8 @@ from baselines import lora, pissa
 param_groups, merge = lora.param_groups, lora.merge
 
 
-def orthonormal(W, r, s):
-    """B0 (m, r) and A0 (r, n) of W (m, n); the scaling s is not divided out."""
+def orthonormal(W, r):
+    """B0 (m, r) and A0 (r, n) of W (m, n)."""
     Q, R = torch.linalg.qr(W)
     return Q[:, :r], R[:r]
 
@@ -31,4 +31,4 @@ def inject(model, targets, *, rank: int = 8, alpha: float = 16.0, dropout: float
         dropout: dropout on the adapter's input
     """
     names = lora.inject(model, targets, rank=rank, alpha=alpha, dropout=dropout, **walk)
-    return pissa.begin(model, names, orthonormal)
+    return pissa.begin(model, names, lambda name, layer: orthonormal(pissa.wide(layer.weight), layer.rank))

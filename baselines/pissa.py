@@ -69,16 +69,19 @@ def principal(W, r, s, niter=0):
 
 @torch.no_grad()
 def begin(model, names, start):
-    """Put a ResidualLinear in the place of each LoRALinear: start(W0 (m, n), r, s) gives its B0, A0."""
+    """Put a ResidualLinear in the place of each LoRALinear: start(name, layer) gives its B0 (m, r), A0 (r, n)."""
     layers = {}
     for name in names:  # all of them before the first is replaced
         plain = model.get_submodule(name)
-        W0 = plain.base.weight
-        W0 = W0.to(torch.promote_types(W0.dtype, torch.float32))
-        layers[name] = ResidualLinear(plain, *start(W0, plain.rank, plain.scaling))
+        layers[name] = ResidualLinear(plain, *start(name, plain))
     for name, layer in layers.items():
         lora.replace(model, name, layer)
     return names
+
+
+def wide(weight):
+    """A weight's numbers in float32 at least, for a decomposition."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def inject(model, targets, *, rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, niter: int = 0, **walk):
@@ -93,4 +96,4 @@ def inject(model, targets, *, rank: int = 8, alpha: float = 8.0, dropout: float 
     if niter < 0:
         raise ValueError(f"niter {niter} is below 0")
     names = lora.inject(model, targets, rank=rank, alpha=alpha, dropout=dropout, **walk)
-    return begin(model, names, lambda W, r, s: principal(W, r, s, niter))
+    return begin(model, names, lambda name, layer: principal(wide(layer.weight), layer.rank, layer.scaling, niter))
