@@ -16,7 +16,7 @@ def network(dtype=torch.float32):
 def batch(step, dtype):
     generator = torch.Generator().manual_seed(100 + step)
     x = torch.randn(32, 16, generator=generator, dtype=torch.float64).to(dtype)
-    return x, torch.randint(3, (32,), generator=generator)
+    return x, x[:, :3].argmax(1)
 
 
 def adamw(groups, lr=1e-2):
@@ -47,5 +47,5 @@ def train(model, optimizer, dtype, penalty=None, before=None, after=None, steps=
 def assert_equal(ours, theirs, bound):
     error = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"largest difference of {len(ours)} losses {error:.2e}, bound {bound:g}; losses {ours[0]} to {ours[-1]}")
-    assert abs(ours[0] - ours[-1]) > 1e-2, "the losses change, so that equal means something"
+    assert ours[-1] < ours[0] - 1e-2, "it learns, so that equal means something"
     assert error < bound
