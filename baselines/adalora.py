@@ -54,6 +54,7 @@ class AdaLoRALinear(lora.LoRALinear):
         return self.scaling * self.B * self.E.mT, self.A
 
     def forward(self, input):
+        self.called = True  # a layer whose weight is read instead is not to be merged
         h = F.dropout(input, self.dropout, self.training)  # (..., n)
         h = F.linear(h, (self.E * self.A).to(h.dtype))  # (..., r)
         return self.base(input) + F.linear(h, (self.scaling * self.B).to(h.dtype))  # (..., m)
@@ -84,6 +85,24 @@ def budget_at(step, total, start, target, t_init, t_final):
     return int(target + (start - target) * left**3)
 
 
+def mean_norm(As, Bs):
+    """The mean of ||A A^T - I||_F and ||B^T B - I||_F over all A (r, n) and B (m, r); a 0-dim tensor."""
+    grams = [A @ A.mT for A in As] + [B.mT @ B for B in Bs]
+    return torch.stack([torch.linalg.matrix_norm(g - torch.eye(len(g)).to(g)) for g in grams]).mean()
+
+
+def check(from_zero, from_one, shares):
+    """ValueError that names the first option {name: value} out of its range."""
+    for options, fits, allowed in [
+        (from_zero, lambda value: value >= 0, "0 and up"),
+        (from_one, lambda value: value >= 1, "1 and up"),
+        (shares, lambda value: 0 < value < 1, "between 0 and 1"),
+    ]:
+        for option, value in options.items():
+            if not fits(value):
+                raise ValueError(f"{option} {value} is out of range: allowed are {allowed}")
+
+
 # ------------------------------------------------------------------------- the verbs
 
 
@@ -107,17 +126,10 @@ def inject(
     """
     settings = {"target": rank_target, "t_init": t_init, "t_final": t_final, "interval": mask_interval,
                 "beta1": beta1, "beta2": beta2, "orth": orth}  # fmt: skip
-    for option, value, fits, allowed in [
-        ("rank_target", rank_target, 1 <= rank_target <= rank, f"1 to rank {rank}"),
-        ("t_init", t_init, t_init >= 0, "0 and up"),
-        ("t_final", t_final, t_final >= 0, "0 and up"),
-        ("mask_interval", mask_interval, mask_interval >= 1, "1 and up"),
-        ("beta1", beta1, 0 < beta1 < 1, "between 0 and 1"),
-        ("beta2", beta2, 0 < beta2 < 1, "between 0 and 1"),
-        ("orth", orth, orth >= 0, "0 and up"),
-    ]:
-        if not fits:
-            raise ValueError(f"{option} {value} is out of range: allowed are {allowed}")
+    if not 1 <= rank_target <= rank:
+        raise ValueError(f"rank_target {rank_target} is out of range: allowed are 1 to rank {rank}")
+    check({"t_init": t_init, "t_final": t_final, "orth": orth}, {"mask_interval": mask_interval},
+          {"beta1": beta1, "beta2": beta2})  # fmt: skip
     names = lora.inject(model, targets, rank=rank, alpha=alpha, dropout=dropout, **walk)
     for name in names:
         lora.replace(model, name, AdaLoRALinear(model.get_submodule(name), settings))
@@ -128,9 +140,7 @@ def penalty(model):
     """The orthogonality term of the loss (Eq. 4) as the authors' code has it: orth times the mean over all A and B
     of the norm, not squared, of A A^T - I and B^T B - I."""
     layers = [m for m in model.modules() if isinstance(m, AdaLoRALinear)]
-    grams = [gram for layer in layers for gram in (layer.A @ layer.A.mT, layer.B.mT @ layer.B)]
-    norms = [torch.linalg.matrix_norm(g - torch.eye(len(g), dtype=g.dtype, device=g.device)) for g in grams]
-    return layers[0].settings["orth"] * torch.stack(norms).mean()
+    return layers[0].settings["orth"] * mean_norm([layer.A for layer in layers], [layer.B for layer in layers])
 
 
 @torch.no_grad()
@@ -153,8 +163,9 @@ def before_step(model, step, total):
     # Equal to the threshold is masked too, so ties (all that never had a gradient) may leave less than the budget.
     threshold = torch.cat(list(scores.values())).kthvalue(start - budget).values
     for name, layer in layers.items():
-        layer.kept.copy_(scores[name] > threshold)
-        layer.E[~layer.kept] = 0.0
+        kept = scores[name] > threshold
+        layer.kept.copy_(kept)
+        layer.E[~kept] = 0.0
     return {"ranks": watch(model)["ranks"], "budget": budget}
 
 

@@ -96,11 +96,11 @@ def damped(C):
         damp *= 2
 
 
-def oriented(W, C, r, mode):
+def oriented(W, C, r, directions):
     """B (m, r), A (r, n) with B A the part of W (m, n) in the first (ipm) or last (kpm) r directions of W C."""
     D, inverse = damped(C)
     U, S, Vh = torch.linalg.svd(W @ D, full_matrices=False)
-    chosen = slice(r) if mode == "ipm" else slice(len(S) - r, None)
+    chosen = slice(r) if directions == "ipm" else slice(len(S) - r, None)
     root = S[chosen].sqrt()
     return U[:, chosen] * root, root[:, None] * (Vh @ inverse)[chosen]
 
@@ -109,8 +109,9 @@ def oriented(W, C, r, mode):
 
 
 def calibrate(
-    model, targets, batches, loss_fn, *, rank: int = 8, samples: int = 256, mode: Literal["ipm", "kpm"] = "ipm", **walk
-):
+    model, targets, batches, loss_fn, *, rank: int = 8, samples: int = 256, directions: Literal["ipm", "kpm"] = "ipm",
+    **walk,
+):  # fmt: skip
     """Look at inputs, return the plan {layer name: Start} for `inject`. `batches` yields batches of one example each
     (padding would count as tokens), loss_fn(model, batch) runs the model. ValueError as inject's, and
     where a layer sees NaN or nothing.
@@ -118,16 +119,16 @@ def calibrate(
     Options:
         rank: rank r of the trained part; the update of W0 has 2 r
         samples: batches to look at, fewer will do
-        mode: ipm = train the directions strongest on the samples; kpm = train the weakest and keep those
+        directions: ipm = train those strongest on the samples; kpm = train the weakest and keep those
     """
-    if mode not in ("ipm", "kpm"):
-        raise ValueError(f"mode '{mode}' is not one of ipm, kpm")
+    if directions not in ("ipm", "kpm"):
+        raise ValueError(f"directions '{directions}' is not one of ipm, kpm")
     linears = lora.find_linears(model, targets, **walk)
     check_rank(linears, rank)
     moments, plan = second_moments(model, linears, batches, loss_fn, samples), {}
     for name, linear in linears.items():
         W, C = pissa.wide(linear.weight), moments.pop(name)
-        B, A = oriented(W, C.to(W), rank, mode)
+        B, A = oriented(W, C.to(W), rank, directions)
         plan[name] = Start(B.cpu(), A.cpu(), torch.linalg.eigvalsh(C).clamp_min(0).flip(0))
     return plan
 

@@ -43,6 +43,7 @@ class DoRALinear(lora.LoRALinear):
         return torch.linalg.vector_norm(V, dim=1).clamp_min(torch.finfo(V.dtype).tiny)  # (m,), a row may be zero
 
     def forward(self, input):
+        self.called = True  # a layer whose weight is read instead is not to be merged
         y = self.base(input)  # (..., m)
         x = F.dropout(input, self.dropout, self.training)
         h = F.linear(x, self.A.to(x.dtype))  # (..., r)

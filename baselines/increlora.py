@@ -29,8 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from baselines import lora
-from baselines.adalora import EPS, STD
+from baselines import adalora, lora
 
 param_groups, merge = lora.param_groups, lora.merge
 
@@ -46,18 +45,23 @@ class IncreLoRALinear(lora.LoRALinear):
         self.ranknum = nn.Buffer(torch.tensor(plain.rank, device=self.A.device))
         self.smoothed = nn.Buffer(torch.zeros(2, device=self.A.device))  # the score's average and its uncertainty
         self.seen = 0.0  # the score of this step
-        first = self.A
+        self.count = 0  # of entries in each list: their parameters are A0, A1, .. E0, E1, .. B0, B1, ..
         del self.A, self.B
-        self.A, self.E, self.B = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
-        self.append(plain.rank, first, 0.0, trained=True)
+        self.append(plain.rank, plain.A, 0.0, trained=True)
         self.train(plain.training)
 
     def append(self, rows, like, value, trained):
         """A and B drawn and E set for `rows` more rows, in the type and on the device of `like`."""
-        new = {"dtype": like.dtype, "device": like.device}
-        self.A.append(nn.Parameter(STD * torch.randn(rows, self.in_features, **new)))
-        self.B.append(nn.Parameter(STD * torch.randn(self.out_features, rows, **new)))
-        self.E.append(nn.Parameter(torch.full((rows, 1), value, **new), requires_grad=trained))
+        m, n, new = self.out_features, self.in_features, {"dtype": like.dtype, "device": like.device}
+        self.register_parameter(f"A{self.count}", nn.Parameter(adalora.STD * torch.randn(rows, n, **new)))
+        self.register_parameter(f"B{self.count}", nn.Parameter(adalora.STD * torch.randn(m, rows, **new)))
+        E = nn.Parameter(torch.full((rows, 1), value, **new), requires_grad=trained)
+        self.register_parameter(f"E{self.count}", E)
+        self.count += 1
+
+    def entries(self, letter):
+        """The list of A, E or B."""
+        return [getattr(self, f"{letter}{i}") for i in range(self.count)]
 
     @property
     def rank(self):
@@ -65,13 +69,15 @@ class IncreLoRALinear(lora.LoRALinear):
 
     @property
     def scaling(self):
-        return self.alpha / (self.rank + EPS)
+        return self.alpha / (self.rank + adalora.EPS)
 
     def factors(self):
         """P (m, k), Q (k, n) with dW = P @ Q, the scaling and E absorbed in P; k counts the reserve too."""
-        return self.scaling * torch.cat([*self.B], 1) * torch.cat([*self.E]).mT, torch.cat([*self.A])
+        A, E, B = torch.cat(self.entries("A")), torch.cat(self.entries("E")), torch.cat(self.entries("B"), 1)
+        return self.scaling * B * E.mT, A
 
     def forward(self, input):
+        self.called = True  # a layer whose weight is read instead is not to be merged
         P, Q = self.factors()
         dW = P @ Q  # (m, n), whole, for the gradient that the score needs
         if dW.requires_grad:
@@ -89,14 +95,17 @@ class IncreLoRALinear(lora.LoRALinear):
     def _load_from_state_dict(self, state, prefix, *args):
         """A saved layer may have grown: make its lists as long. (Build the optimizer after loading, then.)"""
         rows = []
-        while (key := f"{prefix}A.{len(rows)}") in state:
+        while (key := f"{prefix}A{len(rows)}") in state:
             rows.append(len(state[key]))
-        if rows and prefix + "ranknum" in state and rows != [len(A) for A in self.A]:
-            first, used = self.A[0], 0
-            self.A, self.E, self.B = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
-            for count in rows:
-                used += count
-                self.append(count, first, RESERVE, trained=used <= int(state[prefix + "ranknum"]))
+        if rows and prefix + "ranknum" in state and rows != [len(A) for A in self.entries("A")]:
+            first, used = self.A0, 0
+            for i in range(self.count):
+                for letter in "AEB":
+                    delattr(self, f"{letter}{i}")
+            self.count = 0
+            for r in rows:
+                used += r
+                self.append(r, first, RESERVE, trained=used <= int(state[prefix + "ranknum"]))
         super()._load_from_state_dict(state, prefix, *args)
 
 
@@ -122,18 +131,10 @@ def inject(
         beta2: of the uncertainty's average
         orth: coefficient of the orthogonality penalty, 0 turns it off
     """
-    for option, value, fits, allowed in [
-        ("rank_target", rank_target, rank_target >= rank, f"rank {rank} and up"),
-        ("delta", delta, delta >= 0, "0 and up"),
-        ("top", top, top >= 1, "1 and up"),
-        ("interval", interval, interval >= 1, "1 and up"),
-        ("t0", t0, t0 >= 0, "0 and up"),
-        ("beta1", beta1, 0 < beta1 < 1, "between 0 and 1"),
-        ("beta2", beta2, 0 < beta2 < 1, "between 0 and 1"),
-        ("orth", orth, orth >= 0, "0 and up"),
-    ]:
-        if not fits:
-            raise ValueError(f"{option} {value} is out of range: allowed are {allowed}")
+    if rank_target < rank:
+        raise ValueError(f"rank_target {rank_target} is out of range: allowed are rank {rank} and up")
+    adalora.check({"delta": delta, "t0": t0, "orth": orth}, {"top": top, "interval": interval},
+                  {"beta1": beta1, "beta2": beta2})  # fmt: skip
     settings = {"target": rank_target, "delta": delta or max(1, rank_target // 2), "top": top, "interval": interval,
                 "t0": t0, "beta1": beta1, "beta2": beta2, "orth": orth}  # fmt: skip
     names = lora.inject(model, targets, rank=rank, alpha=alpha, dropout=dropout, **walk)
@@ -155,10 +156,8 @@ def penalty(model):
     """The orthogonality term of the loss: orth times the mean over all entries of the lists A and B of the norm, not
     squared, of A A^T - I and B^T B - I. As the authors' code, so rows that came at different times may be alike."""
     layers, settings = layers_of(model)
-    grams = [A @ A.mT for layer in layers.values() for A in layer.A]
-    grams += [B.mT @ B for layer in layers.values() for B in layer.B]
-    norms = [torch.linalg.matrix_norm(g - torch.eye(len(g), dtype=g.dtype, device=g.device)) for g in grams]
-    return settings["orth"] * torch.stack(norms).mean()
+    As, Bs = ([p for layer in layers.values() for p in layer.entries(letter)] for letter in "AB")
+    return settings["orth"] * adalora.mean_norm(As, Bs)
 
 
 @torch.no_grad()
@@ -184,7 +183,7 @@ def after_step(model, optimizer, step, total):
     budget = budget_left(layers, s)
     if budget <= 0:
         return None
-    if all(len(layer.A) == 1 for layer in layers.values()):
+    if all(layer.count == 1 for layer in layers.values()):
         extend(model, optimizer, layers.values(), s["delta"])
         return None
     able = [name for name, layer in layers.items() if layer.rank + s["delta"] <= min(layer.base.weight.shape)]
@@ -194,14 +193,14 @@ def after_step(model, optimizer, step, total):
     chosen = sorted(able, key=scores.get, reverse=True)[: min(s["top"], budget)]  # stable: ties stay in order
     for name in chosen:
         layer = layers[name]
-        for E in layer.E[-s["delta"] :]:
+        for E in layer.entries("E")[-s["delta"] :]:
             E.requires_grad_(True)
         layer.ranknum += s["delta"]
     extend(model, optimizer, [layers[name] for name in chosen], s["delta"])
     budget = budget_left(layers, s)
     if budget <= 0:
         for layer in layers.values():
-            for E in layer.E[-s["delta"] :]:
+            for E in layer.entries("E")[-s["delta"] :]:
                 E.zero_()
     return {"grown": {name: layers[name].rank for name in chosen}, "scores": scores, "budget": max(budget, 0)}
 
@@ -214,12 +213,12 @@ def extend(model, optimizer, layers, rows):
     """
     homes = {p: group for group in optimizer.param_groups for p in group["params"]}
     for layer in layers:
-        if layer.A[0] not in homes:
+        if layer.A0 not in homes:
             raise ValueError("the optimizer does not hold the parameters of an IncreLoRA layer: build it after inject")
     for layer in layers:
-        home = homes[layer.A[0]]
+        home = homes[layer.A0]
         for _ in range(rows):
-            layer.append(1, layer.A[0], RESERVE, trained=False)
+            layer.append(1, layer.A0, RESERVE, trained=False)
         home["params"] += [p for p in layer.parameters() if p.requires_grad and p not in homes]
     order = {p: i for i, p in enumerate(model.parameters())}
     for group in optimizer.param_groups:

@@ -4,9 +4,9 @@ code github.com/nikhil-ghosh-berkeley/loraplus).
 LoRA, baselines/lora.py, with a larger learning rate for B: in the limit of wide models both matrices learn features
 efficiently only if lr_B / lr_A grows with the width (Theorem 1). So only the groups for the optimizer differ:
 
-    A and whatever else    lr              B and all vectors    ratio * lr          embeddings    1e-6
+    A and whatever else    lr              B and all vectors    lr_ratio * lr       embeddings    1e-6
 
-The authors' script for RoBERTa takes lr 5e-5 with ratio 80, their README says 20.
+The authors' script for RoBERTa takes lr 5e-5 with a ratio of 80, their README says 20.
 """
 
 from torch import nn
@@ -18,27 +18,27 @@ merge = lora.merge
 EMBEDDING_LR = 1e-6  # the authors'
 
 
-def inject(model, targets, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, ratio: float = 20.0, **walk):
+def inject(model, targets, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, lr_ratio: float = 20.0, **walk):
     """As baselines/lora.py's inject, which takes `walk` too: freeze, wrap, return the names; its errors.
 
     Options:
         rank: rank r of the update
         alpha: the update is scaled by alpha / rank
         dropout: dropout on the adapter's input
-        ratio: learning rate of B over that of A
+        lr_ratio: learning rate of B over that of A
     """
-    if not ratio > 0:
-        raise ValueError(f"ratio {ratio} is not above 0")
+    if not lr_ratio > 0:
+        raise ValueError(f"lr_ratio {lr_ratio} is not above 0")
     names = lora.inject(model, targets, rank=rank, alpha=alpha, dropout=dropout, **walk)
     for name in names:
-        model.get_submodule(name).ratio = ratio  # for param_groups
+        model.get_submodule(name).lr_ratio = lr_ratio  # for param_groups
     return names
 
 
 def param_groups(model, lr, weight_decay):
     """Groups for torch.optim.AdamW by the authors' rule: vectors (biases, norms) go with B, and biases and LayerNorms
     have no weight decay; embeddings have a rate of their own. Groups that would be empty are left out."""
-    ratio = next(m.ratio for m in model.modules() if isinstance(m, lora.LoRALinear))
+    ratio = next(m.lr_ratio for m in model.modules() if isinstance(m, lora.LoRALinear))
     A, B, spared, embeddings = [], [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:

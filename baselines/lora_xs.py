@@ -36,6 +36,7 @@ class LoRAXSLinear(lora.LoRALinear):
         return self.scaling * self.C @ self.R, self.A
 
     def forward(self, input):
+        self.called = True  # a layer whose weight is read instead is not to be merged
         h = F.dropout(input, self.dropout, self.training)
         h = F.linear(h, self.A.to(h.dtype))  # (..., r)
         h = F.linear(h, (self.scaling * self.R).to(h.dtype))  # (..., r)

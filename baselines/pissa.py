@@ -38,6 +38,7 @@ class ResidualLinear(lora.LoRALinear):
         return self.scaling * torch.cat([self.B, -self.B0], dim=1), torch.cat([self.A, self.A0])
 
     def forward(self, input):
+        self.called = True  # a layer whose weight is read instead is not to be merged
         x = F.dropout(input, self.dropout, self.training)  # on all of the update, so the start is W0 x then too
         # B A - B0 A0 = B (A - A0) + (B - B0) A0: no difference of large numbers, and exactly zero at the start
         h = F.linear(x, (self.A - self.A0).to(x.dtype))  # (..., r)

@@ -40,7 +40,7 @@ def by_numpy(model, name, count=6):
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_the_start_is_the_part_of_w0_in_the_first_or_last_directions_of_w0_c(mode):
     model = parity.network(torch.float64)
-    plan = plan_of(model, mode=mode)
+    plan = plan_of(model, directions=mode)
     assert list(plan) == parity.LAYERS
     for name, given in plan.items():
         C, W = by_numpy(model, name)
@@ -149,7 +149,7 @@ def test_wrong_use_is_refused_in_one_line_and_changes_nothing():
     unused = nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.Linear(16, 4)})
     run_a = lambda m, b: m["a"](b[0])  # noqa: E731
     for call, words in [
-        (lambda: plan_of(model, mode="opm"), "mode 'opm' is not one of ipm, kpm"),
+        (lambda: plan_of(model, directions="opm"), "directions 'opm' is not one of ipm, kpm"),
         (lambda: corda.calibrate(model, ["0"], batches(), loss_fn, rank=17),
          "rank 17 does not fit layer 0 (24, 16): allowed are 1 to 16"),
         (lambda: corda.calibrate(model, ["0"], nan, loss_fn), "layer 0 gets NaN or infinity as input"),
@@ -192,7 +192,7 @@ def test_losses_equal_pefts_over_twenty_steps(dtype, bound, mode, monkeypatch):
     from peft.tuners.lora.corda import preprocess_corda
 
     ours, theirs, original = parity.network(), parity.network(), parity.network()
-    plan = plan_of(ours, mode=mode)
+    plan = plan_of(ours, directions=mode)
     corda.inject(ours, parity.LAYERS, plan=plan, alpha=6.0)
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=parity.LAYERS, init_lora_weights="corda",
                              corda_config=CordaConfig(corda_method=mode))  # fmt: skip

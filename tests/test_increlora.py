@@ -30,7 +30,7 @@ class Plain:
         self.rows, self.rank, self.mean, self.spread, self.events = {}, {}, {}, {}, []
         for name in parity.LAYERS:
             layer = ours.get_submodule(name)
-            self.rows[name] = [tuple(t[0].detach().clone().requires_grad_() for t in (layer.A, layer.E, layer.B))]
+            self.rows[name] = [tuple(t.detach().clone().requires_grad_() for t in (layer.A0, layer.E0, layer.B0))]
             self.rank[name], self.mean[name], self.spread[name] = 1, 0.0, 0.0
         self.optimizer = parity.adamw([t for rows in self.rows.values() for row in rows for t in row], lr=3e-2)
 
@@ -84,7 +84,7 @@ class Plain:
         """Two rows; what is drawn is taken from ours."""
         layer = ours.get_submodule(name)
         for i in range(len(self.rows[name]), len(self.rows[name]) + 2):
-            A, B = (t[i].detach().clone().requires_grad_() for t in (layer.A, layer.B))
+            A, B = (layer.entries(letter)[i].detach().clone().requires_grad_() for letter in "AB")
             self.rows[name].append((A, torch.full((1, 1), 1e-5, dtype=torch.float64), B))
             self.optimizer.add_param_group({"params": [A, B]})
 
@@ -107,7 +107,7 @@ def test_losses_ranks_and_rows_equal_a_training_in_plain_loops():
         for name, layer in ours.items():
             score = plain.mean[name] * plain.spread[name]
             assert abs(increlora.watch(model)["importance"][name] - score) <= 1e-6 * score  # kept in float32
-            assert len(layer.A) == len(layer.E) == len(layer.B) == len(plain.rows[name])
+            assert layer.count == len(plain.rows[name])
 
     ours = parity.train(
         model, optimizer, torch.float64, penalty=lambda: increlora.penalty(model),
@@ -120,21 +120,21 @@ def test_losses_ranks_and_rows_equal_a_training_in_plain_loops():
     for name in parity.LAYERS:
         layer = model.get_submodule(name)
         for i, row in enumerate(plain.rows[name]):
-            for mine, his in zip((layer.A[i], layer.E[i], layer.B[i]), row):
+            for mine, his in zip((layer.entries(letter)[i] for letter in "AEB"), row):
                 assert (mine - his).abs().max() < 1e-9
-    assert sum(plain.rank.values()) == 10 and not any(E.any() for E in model[0].E[-2:])
+    assert sum(plain.rank.values()) == 10 and not any(E.any() for E in model[0].entries("E")[-2:])
 
 
 def test_forward_factors_and_merge():
     model = made(rank=2)
     layer, original = model[0], copy.deepcopy(model[0].base)
     x = torch.randn(4, 16, dtype=torch.float64)
-    assert torch.equal(layer(x), original(x)) and not layer.E[0].any() and layer.A[0].any() and layer.B[0].any()
-    layer.append(1, layer.A[0], 0.7, trained=False)
-    nn.init.normal_(layer.E[0])
-    E = torch.cat([*layer.E])[:, 0]
+    assert torch.equal(layer(x), original(x)) and not layer.E0.any() and layer.A0.any() and layer.B0.any()
+    layer.append(1, layer.A0, 0.7, trained=False)
+    nn.init.normal_(layer.E0)
+    E = torch.cat(layer.entries("E"))[:, 0]
     assert layer.rank == 2 and E[2] == 0.7
-    update = 6.0 / (2 + 1e-5) * torch.cat([*layer.B], 1) @ torch.diag(E) @ torch.cat([*layer.A])
+    update = 6.0 / (2 + 1e-5) * torch.cat(layer.entries("B"), 1) @ torch.diag(E) @ torch.cat(layer.entries("A"))
     y = layer(x)
     assert (y - original(x) - x @ update.T).abs().max() < 1e-13 and update.abs().max() > 1e-3
     P, Q = layer.factors()
@@ -148,10 +148,10 @@ def test_what_starts_gaussian_of_deviation_0_02_and_what_the_reserve_is():
     model = nn.Sequential(nn.Linear(900, 700))
     increlora.inject(model, ["0"], rank=4)
     layer = model[0]
-    layer.append(3, layer.A[0], increlora.RESERVE, trained=False)
-    for matrix in (layer.A[0], layer.B[0], layer.A[1], layer.B[1]):
+    layer.append(3, layer.A0, increlora.RESERVE, trained=False)
+    for matrix in (layer.A0, layer.B0, layer.A1, layer.B1):
         assert abs(matrix.std().item() / 0.02 - 1) < 0.05 and matrix.requires_grad
-    assert torch.equal(layer.E[1], torch.full((3, 1), 1e-5)) and not layer.E[1].requires_grad and layer.E[0].requires_grad
+    assert torch.equal(layer.E1, torch.full((3, 1), 1e-5)) and not layer.E1.requires_grad and layer.E0.requires_grad
     assert layer.settings["delta"] == 4, "half of the target 8"
 
 
@@ -184,7 +184,7 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one_to_the_bit(stop):
     resumed = parity.adamw(increlora.param_groups(fresh, 1e-2, 0.1))
     resumed.load_state_dict(moments)
     assert all(resumed.state[p]["exp_avg"].shape == p.shape for p in resumed.state)
-    reserve = [name for p, name in names.items() if ".E." in name and not p.requires_grad]
+    reserve = [name for p, name in names.items() if ".E" in name and not p.requires_grad]
     print("stopped after", stop, "ranks", increlora.watch(fresh)["ranks"], "in reserve", reserve)
     assert len(reserve) == 4
     torch.set_rng_state(random)
@@ -230,7 +230,7 @@ def test_scores_of_several_batches_are_added_and_evaluation_leaves_none():
     model, twice = made(), made()
     twice.load_state_dict(model.state_dict())
     for m in (model, twice):
-        nn.init.ones_(m[0].E[0])
+        nn.init.ones_(m[0].E0)
     x, y = parity.batch(1, torch.float64)
     F.cross_entropy(model(x), y).backward()
     for _ in range(2):
@@ -248,7 +248,7 @@ def test_an_optimizer_of_before_inject_is_refused():
     made(model=model)
     with pytest.raises(ValueError, match="the optimizer does not hold the parameters of an IncreLoRA layer"):
         increlora.after_step(model, optimizer, 1, 9)
-    assert len(model[0].A) == 1
+    assert model[0].count == 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_the_layers_are_loras_to_the_bit():
     for a, b in zip(*models):
         assert type(a) is type(b)
     assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters()))
-    assert models[1][0].A.any() and models[1][0].ratio == 20.0
+    assert models[1][0].A.any() and models[1][0].lr_ratio == 20.0
 
 
 def test_every_parameter_is_in_the_group_that_the_authors_rule_gives_it():
@@ -29,7 +29,7 @@ def test_every_parameter_is_in_the_group_that_the_authors_rule_gives_it():
         {"words": nn.Embedding(5, 6), "layer": nn.Linear(6, 6), "norm": nn.LayerNorm(6), "head": nn.Linear(6, 2),
          "scale": Scale()}
     )  # fmt: skip
-    assert lora_plus.inject(model, ["layer"], rank=2, ratio=16) == ["layer"]
+    assert lora_plus.inject(model, ["layer"], rank=2, lr_ratio=16) == ["layer"]
     for part in ("words", "norm", "head", "scale"):
         model[part].requires_grad_(True)
     names = {p: name for name, p in model.named_parameters()}
@@ -50,8 +50,8 @@ def test_every_parameter_is_in_the_group_that_the_authors_rule_gives_it():
 def test_a_ratio_that_is_none_is_refused_before_anything_changes():
     model = parity.network()
     for ratio in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"ratio {ratio} is not above 0"):
-            lora_plus.inject(model, ["0"], ratio=ratio)
+        with pytest.raises(ValueError, match=f"lr_ratio {ratio} is not above 0"):
+            lora_plus.inject(model, ["0"], lr_ratio=ratio)
     assert all(p.requires_grad for p in model.parameters()) and type(model[0]) is nn.Linear
 
 
@@ -61,7 +61,7 @@ def test_losses_equal_those_of_pefts_optimizer_over_twenty_steps(dtype, bound):
     from peft.optimizers import create_loraplus_optimizer
 
     ours, theirs = parity.network(dtype), parity.network(dtype)
-    lora_plus.inject(ours, parity.LAYERS, rank=4, alpha=6.0, ratio=5.0)
+    lora_plus.inject(ours, parity.LAYERS, rank=4, alpha=6.0, lr_ratio=5.0)
     ours[4].requires_grad_(True)  # the head, whose bias is a vector
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=parity.LAYERS, modules_to_save=["4"])
     theirs = peft.get_peft_model(theirs, config, autocast_adapter_dtype=False)
