@@ -191,6 +191,33 @@ def test_factors_are_the_difference_from_the_original_weight(name):
             assert torch.equal(adapted(input=x), adapted(x)), "as nn.Linear's argument is called"
 
 
+@of_low_rank
+def test_dropout_is_on_the_updates_input_in_training_alone(name):
+    case = Case(name, dtype=torch.float64)
+    case.options = case.options | {"dropout": 0.5}
+    case.adapt().train(6)
+    for layer in case.names[:2]:
+        adapted = case.model.get_submodule(layer)
+        x = torch.randn(5, adapted.in_features, dtype=torch.float64)
+        P, Q = adapted.factors()
+        torch.manual_seed(1)
+        dropped = F.dropout(x, 0.5, True)
+        torch.manual_seed(1)
+        update = adapted.train()(x) - adapted.base(x)
+        assert (update - dropped @ (P @ Q).T).abs().max() < 1e-12 and update.abs().max() > 1e-6
+        assert (adapted.eval()(x) - adapted.base(x) - x @ (P @ Q).T).abs().max() < 1e-12
+
+
+@every
+def test_a_frozen_layer_keeps_its_mode_and_the_groups_take_the_runs_rate_and_decay(name):
+    case = Case(name)
+    case.model.train()
+    case.adapt()
+    assert all(m.training for m in case.model.modules())
+    groups = case.module.param_groups(case.model, 1e-3, 0.1)
+    assert groups[0]["lr"] == 1e-3 and groups[0]["weight_decay"] == 0.1
+
+
 @every
 def test_the_adapter_alone_fits_the_untouched_base_to_the_bit(name, tmp_path):
     case = Case(name).adapt()

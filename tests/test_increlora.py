@@ -226,6 +226,26 @@ def test_growth_stops_at_the_budget_the_layers_size_and_before_the_last_step():
     assert set(increlora.watch(model)["ranks"].values()) == {1}, "what grows at the last step is never trained"
 
 
+def test_the_highest_scores_grow_and_of_equal_ones_the_first_no_more_than_the_budget_has_room_for():
+    for top, target, scores, expected in [
+        (1, 5, (1.0, 2.0), {"2"}),
+        (1, 5, (2.0, 2.0), {"0"}),
+        (2, 5, (1.0, 2.0), {"0", "2"}),
+        (3, 2, (1.0, 2.0), {"0", "2"}),  # room for two
+    ]:
+        model = made(top=top, rank_target=target, t0=1, interval=2)
+        optimizer = parity.adamw(increlora.param_groups(model, 1e-2, 0.0))
+        assert increlora.after_step(model, optimizer, 1, 9) is None
+        for name, score in zip(parity.LAYERS, scores):
+            model.get_submodule(name).smoothed.fill_(score**0.5)
+        assert set(increlora.after_step(model, optimizer, 2, 9)["grown"]) == expected
+    model = made(top=2, rank=2, rank_target=3, t0=1, interval=2)
+    optimizer = parity.adamw(increlora.param_groups(model, 1e-2, 0.0))
+    increlora.after_step(model, optimizer, 1, 9)
+    model[0].ranknum += 1  # a budget of one is left
+    assert len(increlora.after_step(model, optimizer, 2, 9)["grown"]) == 1
+
+
 def test_scores_of_several_batches_are_added_and_evaluation_leaves_none():
     model, twice = made(), made()
     twice.load_state_dict(model.state_dict())
