@@ -41,12 +41,12 @@ def can_fold(dtype):
 
 
 def draw_bits(count, p, device):
-    """`count` random bits in words of 64, each 0 with probability p (in steps of 1/256), and the factor 1 / (1 - p).
+    """`count` random bits in words of 64, each 0 with probability p (1/256 to 255/256), and the factor 1 / (1 - p).
 
     With 1 - p = 0.b1 b2 .. in binary and w a fair bit, a bit is 1 with that probability if it is (w or rest) where b1 = 1
     and (w and rest) where b1 = 0, `rest` made so of b2 ..: p = 0.5 takes one fair bit an entry, any p at most eight.
     """
-    keep = 256 - min(round(256 * p), 255)  # of 256
+    keep = 256 - min(max(round(256 * p), 1), 255)  # of 256
     bits = None  # zeros, until the last digit that is 1
     for digit in (keep >> place & 1 for place in range(8)):
         if digit or bits is not None:
@@ -55,11 +55,11 @@ def draw_bits(count, p, device):
     return bits, 256 / keep
 
 
-def masked(t, bits):
-    """t (rows, columns) with zeros where the bits are 0: first the lowest bit of every byte counts, then the next."""
-    places = torch.arange(8, dtype=torch.uint8, device=t.device)[:, None]
+def mask(bits, like):
+    """The bits as 0. and 1. in the shape of `like`: first the lowest bit of every byte, then the next."""
+    places = torch.arange(8, dtype=torch.uint8, device=like.device)[:, None]
     keep = (bits.view(torch.uint8) >> places).bitwise_and_(1)  # (8, bytes)
-    return keep.view(-1)[: t.numel()].view(t.shape).to(t.dtype).mul_(t)
+    return keep.view(-1)[: like.numel()].view(like.shape).to(like.dtype)
 
 
 class LowRank(torch.autograd.Function):
@@ -71,11 +71,11 @@ class LowRank(torch.autograd.Function):
         trains_P, trains_Q = ctx.needs_input_grad[1:3]
         h = None
         if not fold or (trains_P and not trains_Q):
-            h = Q_ @ (masked(X, bits) if side == "input" else X).t()  # (k, T)
+            h = Q_ @ (mask(bits, X).mul_(X) if side == "input" else X).t()  # (k, T)
         W = torch.addmm(W, P_, Q_) if fold else W
         y = X @ W.t() if b is None else torch.addmm(b, X, W.t())  # (T, m)
         if side == "output":
-            y += masked(h.t() @ P_.t(), bits)
+            y.addcmul_(h.t() @ P_.t().contiguous(), mask(bits, y))
         elif not fold:
             y.addmm_(h.t(), P_.t().contiguous())
         ctx.save_for_backward(x if trains_Q else None, None if trains_Q else h, P, Q, W0, bits)
@@ -89,13 +89,13 @@ class LowRank(torch.autograd.Function):
         side, dtype, fold = ctx.how
         trains_x, trains_P, trains_Q = ctx.needs_input_grad[:3]
         G, P_, Q_, W = cast(dtype, grad.reshape(-1, grad.shape[-1]), P, Q, W0)  # G (T, m)
-        U = masked(G, bits) if side == "output" else G  # the update's gradient
+        U = mask(bits, G).mul_(G) if side == "output" else G  # the update's gradient
         dx = dP = dQ = None
         if trains_Q or (trains_x and not fold):
             s = P_.t() @ U.t()  # (k, T)
         if trains_Q:
             X = x.reshape(-1, x.shape[-1]).to(dtype)  # (T, n)
-            X = masked(X, bits) if side == "input" else X
+            X = mask(bits, X).mul_(X) if side == "input" else X
             dQ = s @ X  # (k, n)
             h = Q_ @ X.t() if trains_P else None  # (k, T), sooner made again than kept
         if trains_P:
@@ -103,7 +103,7 @@ class LowRank(torch.autograd.Function):
         if trains_x:
             dx = G @ (torch.addmm(W, P_, Q_) if fold else W)  # (T, n)
             if side == "input":
-                dx += masked(s.t() @ Q_, bits)
+                dx.addcmul_(s.t() @ Q_, mask(bits, dx))
             elif not fold:
                 dx.addmm_(s.t(), Q_)
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])

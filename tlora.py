@@ -73,12 +73,12 @@ def dropout(h, p):
 
 
 def draw_bits(count, p, device):
-    """`count` random bits in words of 64, each 0 with probability p (in steps of 1/256), and the factor 1 / (1 - p).
+    """`count` random bits in words of 64, each 0 with probability p (1/256 to 255/256), and the factor 1 / (1 - p).
 
     With 1 - p = 0.b1 b2 .. in binary and w a fair bit, a bit is 1 with that probability if it is (w or rest) where b1 = 1
     and (w and rest) where b1 = 0, `rest` made so of b2 ..: p = 0.5 takes one fair bit an entry, any p at most eight.
     """
-    keep = 256 - min(round(256 * p), 255)  # of 256
+    keep = 256 - min(max(round(256 * p), 1), 255)  # of 256
     bits = None  # zeros, until the last digit that is 1
     for digit in (keep >> place & 1 for place in range(8)):
         if digit or bits is not None:
