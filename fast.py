@@ -17,7 +17,7 @@ backward products. Here the whole layer is one autograd.Function, so forward and
     print(speed_up(model))          # {layer: how it computes}
     ...                             # train, grow, save, merge as before; slow_down(model) undoes it
 
-Second derivatives are refused. Dropout on the adapter's input draws other zeros than torch's would. This file needs torch alone.
+Second derivatives are refused. Dropout on the adapter's input draws other zeros than torch does. This file needs torch alone.
 """
 
 import functools

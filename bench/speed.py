@@ -155,7 +155,7 @@ def measure(made, ids, labels, args):
 
 
 def rows_of(times, facts):
-    """A dict per contestant: median seconds, quartiles of the ratio to PEFT's LoRA of its round, the median ratio to the floor."""
+    """A dict per contestant: median seconds, and ratios to PEFT's LoRA (with quartiles) and to the floor."""
     rows = []
     for name, seconds in times.items():
         ratios = [t / yard for t, yard in zip(seconds, times["PEFT LoRA"])]
@@ -175,10 +175,10 @@ def table(rows):
     return "\n".join(lines)
 
 
-def arguments(parser, rounds):
+def arguments(parser, shapes, rounds):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shapes", type=shape, nargs="+", default=[(128, 4), (256, 4), (768, 2)], help="width x blocks")
+    parser.add_argument("--shapes", type=shape, nargs="+", default=shapes, help="width x blocks, as 256x4")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=rounds)
@@ -195,11 +195,11 @@ def facts_of(args, width, depth):
             "batch": args.batch, "length": args.length, "dtype": "bf16 autocast" if args.bf16 else "float32"}  # fmt: skip
 
 
-def report(args, name, parts, rows):
+def report(args, name, how, parts, rows):
     """Print, and with --write keep, what was measured: markdown, and a line of JSON per row."""
     where, first = os.path.join(ROOT, "bench", f"{name}-{torch.device(args.device).type}"), rows[0]
     head = (f"`python {' '.join(sys.argv)}`: {first['hardware']}, torch {first['torch']}, batch {args.batch} x {args.length}, "
-            f"{first['dtype']}, medians of {args.rounds} rounds.\n")  # fmt: skip
+            f"{first['dtype']}, {how}.\n")  # fmt: skip
     text = "\n".join([head, *parts]) + "\n"
     print(text)
     if args.write:
@@ -211,7 +211,7 @@ def report(args, name, parts, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = arguments(parser, rounds=30)
+    args = arguments(parser, [(128, 4), (256, 4), (768, 2)], rounds=30)
     parts, rows = [], []
     for width, depth in args.shapes:
         base, ids, labels = problem(width, depth, args)
@@ -221,7 +221,7 @@ def main():
         rows += rows_of(times, {**facts_of(args, width, depth), "rounds": args.rounds})
         parts.append(f"Width {width}, {depth} blocks:\n\n{table(rows[-len(times) :])}\n")
         print(parts[-1], flush=True)
-    report(args, "speed", parts, rows)
+    report(args, "speed", f"medians of {args.rounds} rounds", parts, rows)
 
 
 if __name__ == "__main__":
