@@ -102,7 +102,8 @@ def main():
         measured, made = {}, speed.contestants(base)
         for name in [name for name in made if name in {"PEFT LoRA", *(args.only or made)}]:
             measured[name] = measure(made.pop(name), ids, labels, args.bf16)
-        rows += [{"contestant": name, **speed.facts_of(args, width, depth), **sizes} for name, sizes in measured.items()]
+        rows += [{"contestant": name, **speed.facts_of(args, width, depth),
+                  **{f"{x}_bytes": size for x, size in sizes.items()}} for name, sizes in measured.items()]  # fmt: skip
         parts.append(f"Width {width}, {depth} blocks:\n\n{table(measured)}\n")
     speed.report(args, "memory", "one step each", parts, rows)
 

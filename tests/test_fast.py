@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fast
+import model as modelling
 import tlora
+import triadapt
 
 METHODS = {
     "lora": ("baselines.lora", {"rank": 3}),
@@ -409,6 +412,100 @@ def test_tf32_does_not_fold(monkeypatch):
         assert not fast.can_fold(torch.float32) and fast.can_fold(torch.float64)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class Count(TorchDispatchMode):
+    """Counts the matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("form", ["sum", "mean"])
+def test_triadapts_penalty_is_one_batch_of_products_per_shape_and_the_sum_over_layers(form):
+    shapes = ((12, 20, True), (20, 12, False), (12, 20, True), (20, 12, True), (12, 20, True))
+    model = adapted("triadapt", shapes=shapes, orth=0.3, orth_form=form)
+    model[4].grow(2)  # a rank of its own is a shape of its own
+    layers = [layer for layer in model if hasattr(layer, "grow")]
+    parts = []
+    for layer in layers:
+        for gram in (layer.A @ layer.A.T, layer.B.T @ layer.B):
+            parts.append((gram - torch.eye(len(gram), dtype=gram.dtype)).square().sum())
+    expected = 0.3 * (sum(parts) if form == "sum" else sum(p.sqrt() for p in parts) / len(parts))
+    trained = [p for layer in layers for p in (layer.A, layer.B)]
+    gradients = torch.autograd.grad(expected, trained)
+    with Count() as count:
+        got = triadapt.penalty(model)
+    e = abs((got - expected).item()) / expected.item()
+    print("relative error", e)
+    assert e < 1e-14 and count.products == 2 * 3  # 20 x 12, 12 x 20, and the grown one
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(torch.autograd.grad(got, trained), gradients))
+
+
+def test_tloras_own_dropout_keeps_a_byte_an_entry():
+    h = torch.randn(64, 96, requires_grad=True)
+    kept = [size for size, t in saved(nn.Identity(), h).values()]
+    assert kept == []
+    drop = nn.Module()
+    drop.forward = lambda h: tlora.dropout(h, 0.5)
+    sizes = sorted(size for size, t in saved(drop, h).values())
+    print("bytes kept", sizes)
+    assert sizes == [64 * 96]
+
+
+# ------------------------------------------------------------------- the benches that measure it
+
+
+def test_ratios_are_taken_within_a_round():
+    speed = importlib.import_module("bench.speed")
+    times = {"PEFT LoRA": [1.0, 2.0, 4.0], "x": [0.5, 1.5, 4.0], "floor": [0.5, 0.5, 1.0]}
+    rows = {row["contestant"]: row for row in speed.rows_of(times, {"width": 7})}
+    assert rows["x"] == {"contestant": "x", "width": 7, "seconds": 1.5, "to_peft": 0.75,
+                         "to_peft_quartiles": [0.625, 0.875], "to_floor": 3.0}  # fmt: skip
+    assert rows["PEFT LoRA"]["to_peft_quartiles"] == [1.0, 1.0]
+
+
+def test_the_floor_goes_back_through_every_layer_and_trains_the_head_alone():
+    speed = importlib.import_module("bench.speed")
+    model = modelling.Transformer(modelling.Config(40, 16, 2, 2, 24), "classification", 2)
+    ids, labels = torch.randint(40, (3, 5)), torch.tensor([0, 1, 0])
+    contestant, reached = speed.floor(model), []
+    for name, layer in contestant.model.named_modules():
+        if name.endswith(tuple(speed.SIX)):
+            layer.register_forward_hook(
+                lambda layer, args, y, name=name: y.register_hook(lambda g: reached.append(name)) and None
+            )
+    contestant.step(ids, labels, False)
+    assert len(set(reached)) == 12 and "blocks.0.q_proj" in reached
+    changed = [n for n, p in contestant.model.named_parameters() if not torch.equal(p, dict(model.named_parameters())[n])]
+    assert changed == ["head.weight", "head.bias"]
+
+
+def test_peak_and_what_backward_keeps_by_hand():
+    memory = importlib.import_module("bench.memory")
+    model = nn.Linear(100, 100, bias=False)  # 40,000 bytes
+    speed = importlib.import_module("bench.speed")
+    contestant = speed.Contestant(model, model.parameters(), fused=True)
+    x = torch.randn(50, 100)
+
+    def step(x):
+        a = torch.empty(25_000)  # 100 kB
+        del a
+        b, c = torch.empty(10_000), torch.empty(20_000)  # 120 kB at once
+        del b, c
+
+    contestant.step = step
+    assert 120_000 <= memory.peak_bytes(contestant, x) < 121_000
+    contestant.loss = lambda x: model(x).sigmoid().sum()
+    assert memory.saved_bytes(contestant, x) == 2 * 50 * 100 * 4  # x and the sigmoid's output, not the weight
+    contestant.loss(x).backward()
+    contestant.optimizer.step()
+    assert memory.optimizer_bytes(contestant) == 2 * 40_000 and memory.adapter_bytes(contestant) == 40_000
 
 
 def test_it_needs_torch_alone():
