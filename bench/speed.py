@@ -21,6 +21,7 @@ import importlib
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -198,7 +199,7 @@ def facts_of(args, width, depth):
 def report(args, name, how, parts, rows):
     """Print, and with --write keep, what was measured: markdown, and a line of JSON per row."""
     where, first = os.path.join(ROOT, "bench", f"{name}-{torch.device(args.device).type}"), rows[0]
-    head = (f"`python {' '.join(sys.argv)}`: {first['hardware']}, torch {first['torch']}, batch {args.batch} x {args.length}, "
+    head = (f"`python {shlex.join(sys.argv)}`: {first['hardware']}, torch {first['torch']}, batch {args.batch} x {args.length}, "
             f"{first['dtype']}, {how}.\n")  # fmt: skip
     text = "\n".join([head, *parts]) + "\n"
     print(text)
