@@ -322,7 +322,7 @@ def test_without_gradients_and_where_the_input_needs_none(method):
 
 @methods
 def test_compiled(method):
-    model = adapted(method).eval()
+    model = adapted(method)  # in train mode: TLoRA's zeros are drawn in the compiled graph too
     other, x = fast_copy(model), torch.randn(30, 12, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
