@@ -1,18 +1,27 @@
-"""A training step of each method against PEFT's LoRA and the frozen backbone alone, in time and memory.
+"""A training step of each method against PEFT's LoRA and against the least that any adapter could take.
 
-    python bench/speed.py                                  # writes bench/speed-DEVICE.md
-    python bench/speed.py --device cuda --width 1024 --depth 12 --batch 16 --length 256
+    python bench/speed.py                                  # 128, 256 and 768 wide; a quarter of an hour on one core
+    python bench/speed.py --write                          # also writes bench/speed-DEVICE.md and .jsonl
+    python bench/speed.py --device cuda --bf16 --shapes 1024x12 --length 256
 
-One step is forward, backward and AdamW on the same Transformer, batch and targets (all six matrices of each
-block, rank 8). The contestants take turns within one process and the numbers are ratios of medians, since
-machines are noisy. The frozen backbone trains its head alone. Saved is what autograd keeps for the backward
-pass, counted by hooks: the memory that grows with the batch. Needs peft (requirements-optional.txt).
+One step is forward, backward and AdamW on the same Transformer, batch and targets: all six matrices of each block, rank 8
+(TriAdaptLoRA at its full rank). The contestants take turns within one process, and the numbers are ratios within a round:
+machines are noisy. On one CPU thread the clock is that thread's own, which other programs do not stop.
+
+The floor is the frozen backbone with its head alone trained, whose adapted layers ask for the gradient of their output as
+an adapter on them would: it does all the work of W0, forward and backward, and none of an adapter. A row with "fast" has
+gone through fast.py. Ours step with AdamW(fused=True); PEFT's with AdamW's default, as its examples do, and once fused.
+PEFT's AdaLoRA does its update_and_allocate, but no orthogonality, which it adds only to models that return a loss.
+Needs peft (requirements-optional.txt).
 """
 
 import argparse
 import copy
 import importlib
+import json
 import os
+import platform
+import shlex
 import statistics
 import sys
 import time
@@ -23,108 +32,197 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import fast  # noqa: E402
 import model as modelling  # noqa: E402
 
 SIX = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 OURS = {
-    "frozen backbone": ("baselines.head", {}),
     "lora": ("baselines.lora", {"rank": 8}),
     "tlora": ("tlora", {"rank": 8}),
     "tlora, no dropout": ("tlora", {"rank": 8, "dropout": 0.0}),
     "tlora_plus": ("tlora_plus", {"rank": 8}),
     "task_tlora": ("task_tlora", {"rank": 8}),
-    "triadapt (r = 8)": ("triadapt", {"rank": 8}),
+    "triadapt": ("triadapt", {"rank": 8}),
     "triadapt, no penalty": ("triadapt", {"rank": 8, "orth": 0.0}),
 }
 
 
-def contestants(base):
-    """{name: (model, optimizer, penalty or None)}, all with the same base weights."""
-    made = {}
-    for name, (module, options) in OURS.items():
-        model, method = copy.deepcopy(base), importlib.import_module(module)
-        method.inject(model, SIX, **options)
-        model.head.requires_grad_(True)
-        penalty = getattr(method, "penalty", None) if options.get("orth", 1) else None
-        made[name] = model, torch.optim.AdamW(method.param_groups(model, 1e-3, 0.0)), penalty
+class Contestant:
+    """A model, its optimizer, and what its method adds to the loss (`penalty`) and does after a step (`after`)."""
+
+    def __init__(self, model, groups, fused, penalty=None, after=None):
+        self.model, self.penalty, self.after, self.steps = model, penalty, after, 0
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0, fused=fused or None)
+
+    def loss(self, ids, labels, bf16):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(self.model(ids).float(), labels)
+        return loss + self.penalty(self.model) if self.penalty else loss
+
+    def step(self, ids, labels, bf16):
+        loss = self.loss(ids, labels, bf16)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.steps += 1
+        if self.after:
+            self.after(self.steps)
+
+
+def floor(base):
+    model = copy.deepcopy(base).requires_grad_(False)
+    model.head.requires_grad_(True)
+    for name, layer in model.named_modules():
+        if name.endswith(tuple(SIX)):
+            layer.register_forward_hook(lambda layer, args, y: y if y.requires_grad else y.requires_grad_())
+    return Contestant(model, model.head.parameters(), fused=True)
+
+
+def ours(base, method, options, fast_path):
+    model, method = copy.deepcopy(base), importlib.import_module(method)
+    method.inject(model, SIX, **options)
+    model.head.requires_grad_(True)
+    if fast_path:
+        fast.speed_up(model)
+    penalty = getattr(method, "penalty", None) if options.get("orth", 1) else None
+    return Contestant(model, method.param_groups(model, 1e-3, 0.0), True, penalty)
+
+
+def pefts(base, kind, fused=False):
     import peft
 
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=SIX, modules_to_save=["head"], lora_dropout=0.0)
+    common = {"target_modules": SIX, "modules_to_save": ["head"], "lora_alpha": 16, "lora_dropout": 0.0}
+    if kind == "AdaLoRA":
+        config = peft.AdaLoraConfig(init_r=12, target_r=8, tinit=10**6, tfinal=10**6, total_step=10**7, **common)
+    else:
+        config = peft.LoraConfig(r=8, use_dora=kind == "DoRA", **common)
     model = peft.get_peft_model(copy.deepcopy(base), config)
-    made["PEFT LoRA"] = model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3), None
-    return made
+    after = model.base_model.update_and_allocate if kind == "AdaLoRA" else None
+    return Contestant(model, [p for p in model.parameters() if p.requires_grad], fused, after=after)
 
 
-def step(model, optimizer, penalty, ids, labels, autocast):
-    with autocast():
-        loss = F.cross_entropy(model(ids).float(), labels)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if penalty is not None:
-        penalty(model).backward()
-    optimizer.step()
+def contestants(base):
+    """{name: Contestant}, all with the same base weights."""
+    made = {"floor": floor(base)}
+    for name, (method, options) in OURS.items():
+        made[name] = ours(base, method, options, fast_path=False)
+        made[name + ", fast"] = ours(base, method, options, fast_path=True)
+    made["PEFT LoRA"], made["PEFT LoRA, fused AdamW"] = pefts(base, "LoRA"), pefts(base, "LoRA", fused=True)
+    return made | {f"PEFT {kind}": pefts(base, kind) for kind in ("DoRA", "AdaLoRA")}
 
 
-def saved_bytes(model, ids, labels, autocast):
-    """Bytes that autograd keeps for backward besides the parameters, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+def shape(text):
+    """256x4: width and blocks."""
+    width, depth = map(int, text.split("x"))
+    return width, depth
 
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is used twice
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast():
-        F.cross_entropy(model(ids).float(), labels)
-    return sum(size for size, _ in kept.values())
+def problem(width, depth, args):
+    """The base model, ids (batch, length) and labels (batch,)."""
+    torch.manual_seed(0)
+    config = modelling.Config(2048, width, depth, width // 32, 4 * width)
+    base = modelling.Transformer(config, "classification", 2).to(args.device)
+    ids = torch.randint(2048, (args.batch, args.length), device=args.device)
+    return base, ids, torch.randint(2, (args.batch,), device=args.device)
+
+
+def hardware(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo") as f:
+            name = next(line.split(": ")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def measure(made, ids, labels, args):
+    """{name: [seconds of each round]}; five rounds to warm up are left out."""
+    cuda = torch.device(args.device).type == "cuda"
+    clock = time.thread_time if not cuda and args.threads == 1 else time.perf_counter
+    times = {name: [] for name in made}
+    for round in range(args.rounds + 5):
+        for name, contestant in made.items():
+            if cuda:
+                torch.cuda.synchronize()
+            start = clock()
+            contestant.step(ids, labels, args.bf16)
+            if cuda:
+                torch.cuda.synchronize()
+            if round >= 5:
+                times[name].append(clock() - start)
+    return times
+
+
+def rows_of(times, facts):
+    """A dict per contestant: median seconds, and ratios to PEFT's LoRA (with quartiles) and to the floor."""
+    rows = []
+    for name, seconds in times.items():
+        ratios = [t / yard for t, yard in zip(seconds, times["PEFT LoRA"])]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        to_floor = statistics.median(t / yard for t, yard in zip(seconds, times["floor"]))
+        rows.append({"contestant": name, **facts, "seconds": statistics.median(seconds), "to_peft": middle,
+                     "to_peft_quartiles": [low, high], "to_floor": to_floor})  # fmt: skip
+    return rows
+
+
+def table(rows):
+    lines = ["| | step, ms | time / PEFT LoRA | its quartiles | time / floor |", "|---|--:|--:|--:|--:|"]
+    for row in rows:
+        low, high = row["to_peft_quartiles"]
+        lines.append(f"| {row['contestant']} | {1e3 * row['seconds']:.1f} | {row['to_peft']:.2f} | {low:.2f}–{high:.2f} "
+                     f"| {row['to_floor']:.2f} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def arguments(parser, shapes, rounds):
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shapes", type=shape, nargs="+", default=shapes, help="width x blocks, as 256x4")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
+    parser.add_argument("--only", nargs="+", help="these contestants (the floor and PEFT LoRA always run)")
+    parser.add_argument("--write", action="store_true", help="write the files beside this one too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def facts_of(args, width, depth):
+    return {"hardware": hardware(args.device), "torch": torch.__version__, "width": width, "blocks": depth,
+            "batch": args.batch, "length": args.length, "dtype": "bf16 autocast" if args.bf16 else "float32"}  # fmt: skip
+
+
+def report(args, name, how, parts, rows):
+    """Print, and with --write keep, what was measured: markdown, and a line of JSON per row."""
+    where, first = os.path.join(ROOT, "bench", f"{name}-{torch.device(args.device).type}"), rows[0]
+    head = (f"`python {shlex.join(sys.argv)}`: {first['hardware']}, torch {first['torch']}, batch {args.batch} x {args.length}, "
+            f"{first['dtype']}, {how}.\n")  # fmt: skip
+    text = "\n".join([head, *parts]) + "\n"
+    print(text)
+    if args.write:
+        with open(where + ".md", "w", encoding="utf-8") as f:
+            f.write(text)
+        with open(where + ".jsonl", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    config = modelling.Config(2048, args.width, args.depth, args.width // 32, 4 * args.width)
-    base = modelling.Transformer(config, "classification", 2).to(args.device)
-    ids = torch.randint(2048, (args.batch, args.length), device=args.device)
-    labels = torch.randint(2, (args.batch,), device=args.device)
-    autocast = lambda: torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)  # noqa: E731
-    wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
-    made = contestants(base)
-    times = {name: [] for name in made}
-    for round in range(args.rounds + 5):  # five to warm up
-        for name, parts in made.items():
-            wait()
-            start = time.perf_counter()
-            step(*parts, ids, labels, autocast)
-            wait()
-            if round >= 5:
-                times[name].append(time.perf_counter() - start)
-    memory = {name: saved_bytes(parts[0], ids, labels, autocast) for name, parts in made.items()}
-    peft, frozen = statistics.median(times["PEFT LoRA"]), statistics.median(times["frozen backbone"])
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {args.threads} thread"
-    lines = [
-        f"`python {' '.join(sys.argv)}`: {name}, torch {torch.__version__}, width {args.width}, {args.depth} blocks, "
-        f"batch {args.batch} x {args.length}, {'bf16 autocast' if args.bf16 else 'float32'}, median of {args.rounds} rounds.", "",
-        "| | step, ms | time / PEFT LoRA | time / frozen backbone | saved, MB | saved / PEFT LoRA |", "|---|--:|--:|--:|--:|--:|",
-    ]  # fmt: skip
-    for key, values in times.items():
-        t, size = statistics.median(values), memory[key]
-        lines.append(f"| {key} | {1e3 * t:.1f} | {t / peft:.2f} | {t / frozen:.2f} | {size / 1e6:.1f} | {size / memory['PEFT LoRA']:.2f} |")
-    text = "\n".join(lines) + "\n"
-    with open(os.path.join(ROOT, "bench", f"speed-{torch.device(args.device).type}.md"), "w") as f:
-        f.write(text)
-    print(text)
+    args = arguments(parser, [(128, 4), (256, 4), (768, 2)], rounds=30)
+    parts, rows = [], []
+    for width, depth in args.shapes:
+        base, ids, labels = problem(width, depth, args)
+        made = contestants(base)
+        wanted = {"floor", "PEFT LoRA", *(args.only or made)}
+        times = measure({name: c for name, c in made.items() if name in wanted}, ids, labels, args)
+        rows += rows_of(times, {**facts_of(args, width, depth), "rounds": args.rounds})
+        parts.append(f"Width {width}, {depth} blocks:\n\n{table(rows[-len(times) :])}\n")
+        print(parts[-1], flush=True)
+    report(args, "speed", f"medians of {args.rounds} rounds", parts, rows)
 
 
 if __name__ == "__main__":
