@@ -6,8 +6,8 @@
     python train.py --method full --task mlm --scratch --save-base base.safetensors
 
 A method is a module with the verbs inject, param_groups, merge and, where it has them, calibrate (looks at
-data before training), penalty (a term of the loss), after_step (acts while training) and watch (numbers per
-layer worth seeing). This loop calls the verbs and knows nothing else of a method; the flags of a method are
+data before training), penalty (a term of the loss), before_step and after_step (act while training) and watch
+(numbers per layer worth seeing). This loop calls the verbs and knows nothing else of a method; the flags of a method are
 the keyword arguments of its inject and calibrate, with their defaults and their docstrings' words.
 """
 
@@ -17,12 +17,14 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 
 import torch
 from tqdm import tqdm
 
 import data
 import model as modelling
+from fast import speed_up
 from harness import backbones, exports, figures, folder
 from harness.run import Run, choose_device, to_device
 from harness.settings import in_words, parse
@@ -56,6 +58,8 @@ def train(run, optimizer, progress, stop):
             norm = torch.nn.utils.clip_grad_norm_(params, s.clip or math.inf)
             if not norm.isfinite():
                 raise FloatingPointError(f"gradient of norm {norm} at step {progress.step + 1}{culprit(run.model)}")
+            if hasattr(method, "before_step"):
+                method.before_step(run.model, progress.step + 1, run.total_steps)
             optimizer.step()
             progress.step += 1
             progress.losses.append(loss)
@@ -168,6 +172,9 @@ def fine_tune(s, command, stop):
         run.wrap(state[2]["names"])
         run.load(state[0])
     run.model.to(run.device).train()
+    if s.fast:
+        for words, n in Counter(speed_up(run.model).values()).items():
+            print(f"fast    {n} layers: {words}")
     if s.gradient_checkpointing:
         backbones.set_checkpointing(run.model)
     groups = run.method.param_groups(run.model, s.lr, s.weight_decay)

@@ -22,19 +22,21 @@ def export_peft(run, path):
     """Write adapter_config.json and adapter_model.safetensors.
 
     Ranks differ by layer, so each layer stands in rank_pattern and alpha_pattern. ValueError for a method
-    whose change is not low rank.
+    whose change PEFT has no form for.
     """
-    model, names = run.model, run.layers
+    model, names, dora = run.model, run.layers, run.settings.method == "dora"
     layers = [model.get_submodule(name) for name in names]
-    if not names:
-        raise ValueError(f"method {run.settings.method} has no low-rank update: only --export-merged takes it")
+    if not names or not all(hasattr(layer, "factors") for layer in layers):
+        raise ValueError(f"method {run.settings.method} has no low-rank update: PEFT's LoRA cannot hold it")
     heads = head_modules(model)  # a frozen one too: it was drawn at random
     ranks, state = {}, {}
     for name, layer in zip(names, layers):
-        P, Q = layer.factors()
+        P, Q = (layer.scaling * layer.B, layer.A) if dora else layer.factors()
         ranks[name] = P.shape[1]
         state[f"base_model.model.{name}.lora_A.weight"] = Q
         state[f"base_model.model.{name}.lora_B.weight"] = P
+        if dora:
+            state[f"base_model.model.{name}.lora_magnitude_vector"] = layer.magnitude
     for head in heads:
         for key, value in model.get_submodule(head).state_dict().items():
             state[f"base_model.model.{head}.{key}"] = value
@@ -52,6 +54,7 @@ def export_peft(run, path):
         "modules_to_save": heads or None,
         "lora_dropout": 0.0,
         "bias": "none",
+        "use_dora": dora,
         # GPT-2's Conv1D keeps its weight the other way round
         "fan_in_fan_out": any(getattr(layer.base, "was_conv1d", False) for layer in layers),
         "inference_mode": True,

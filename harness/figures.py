@@ -41,10 +41,18 @@ def draw(run, progress, compared=None):
     watched = [row for row in progress.layers if "event" not in row]
     for quantity in [key for key in watched[-1] if key != "step"]:
         heat_map(out, quantity, [(row["step"], row[quantity]) for row in watched])
-    if run.layers:
-        draw_updates(out, run.model, run.layers, compared)
+    if thin := [name for name in run.layers if low_rank(run.model.get_submodule(name))]:
+        draw_updates(out, run.model, thin, compared)
     if os.path.exists(os.path.join(out, "plan.json")):
         draw_plan(out)
+
+
+def low_rank(layer):
+    """Whether the layer's update is a product of two thin factors: DoRA's is none, an adapter behind a layer neither."""
+    try:
+        return bool(layer.factors())
+    except (AttributeError, ValueError):
+        return False
 
 
 def curves(out, history, headline):
@@ -125,7 +133,7 @@ def draw_updates(out, model, names, compared=None):
     pools = {}
     for layer in layers:
         P, Q = (f.float().cpu() for f in layer.factors())
-        own = {k: v for k, v in layer.state_dict().items() if not k.startswith("base.") and v.numel() > 1}
+        own = {k: v for k, v in layer.state_dict().items() if re.fullmatch(r"[A-Z]0?", k)}  # the matrices, no statistics
         for key, value in {"W0": layer.base.weight, "dW": P @ Q, **own}.items():
             values = value.float().cpu().flatten()
             pools.setdefault(key, []).append(values[:: max(1, len(values) // 200_000)])  # enough for a histogram
@@ -163,7 +171,8 @@ def draw_updates(out, model, names, compared=None):
 
 
 def draw_plan(out):
-    """spectrum.png: the eigenvalues of each layer's input second moment C, from plan.json, largest = 1."""
+    """spectrum.png: what each layer's start was made from, from plan.json: eigenvalues of the inputs' C (task_tlora, corda),
+    singular values of the gradient (lora_ga). The largest = 1."""
     plt = pyplot()
     with open(os.path.join(out, "plan.json"), encoding="utf-8") as file:
         plan = json.load(file)
@@ -175,5 +184,5 @@ def draw_plan(out):
         ax.plot(range(1, len(values) + 1), values, lw=0.8, color=f"C{matrices.index(matrix)}", label=matrix)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels())))  # one for each kind of matrix
     ax.legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
-    ax.set(yscale="log", ylim=(1e-8, 2), xlabel="eigenvalue, by size", title="spectrum of C (each layer's largest = 1)")
+    ax.set(yscale="log", ylim=(1e-8, 2), xlabel="eigenvalue, by size", title="spectrum behind each layer's start (largest = 1)")
     save(fig, out, "spectrum.png")

@@ -319,11 +319,8 @@ def load_adapter_state(model, state, keep=()):
     ValueError if names, types or shapes differ, or a number is not finite.
     """
     expected = adapter_state(model, keep)
-    if expected.keys() != state.keys():
-        odd = sorted(expected.keys() ^ state.keys())
-        raise ValueError(f"adapter and model do not fit: {len(odd)} names differ, such as {odd[0]}")
     for name, t in state.items():
-        if t.dtype != expected[name].dtype:
+        if name in expected and t.dtype != expected[name].dtype:
             raise ValueError(f"adapter and model do not fit: {name} is {t.dtype}, expected {expected[name].dtype}")
         if not t.isfinite().all():
             raise ValueError(f"the adapter's {name} holds NaN or infinity")
@@ -331,6 +328,10 @@ def load_adapter_state(model, state, keep=()):
         model.load_state_dict(state, strict=False)
     except RuntimeError as e:  # a shape: torch's message has one line for each
         raise ValueError("adapter and model do not fit: " + str(e).splitlines()[-1].strip()) from None
+    expected = adapter_state(model, keep)  # a layer may have grown to what it was
+    if expected.keys() != state.keys():
+        odd = sorted(expected.keys() ^ state.keys())
+        raise ValueError(f"adapter and model do not fit: {len(odd)} names differ, such as {odd[0]}")
 
 
 def seed_everything(seed):

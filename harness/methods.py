@@ -12,6 +12,18 @@ METHODS = {
     "tlora_plus": ("tlora_plus", "TLoRA+: C B A, each matrix with its own learning rate", 2e-3, 0.1),
     "task_tlora": ("task_tlora", "Task-aware TLoRA: A from the data, frozen; ranks by sensitivity", 2e-3, 0.0),
     "lora": ("baselines.lora", "LoRA, the yardstick", 4e-3, 0.0),
+    # What the papers compare with. Their rates here are not chosen yet: LoRA's, or the authors' where that is said.
+    "lora_plus": ("baselines.lora_plus", "LoRA+: LoRA, B with a rate of its own", 5e-4, 0.0),
+    "dora": ("baselines.dora", "DoRA: LoRA's direction, rows of a trained length", 4e-3, 0.0),
+    "pissa": ("baselines.pissa", "PiSSA: LoRA from the principal part of W0", 1e-3, 0.0),
+    "olora": ("baselines.olora", "OLoRA: LoRA from a QR of W0", 1e-3, 0.0),
+    "lora_ga": ("baselines.lora_ga", "LoRA-GA: LoRA from the SVD of the gradient", 1e-3, 0.0),
+    "corda": ("baselines.corda", "CorDA: LoRA from the SVD of W0 times the input covariance", 1e-3, 0.0),
+    "lora_xs": ("baselines.lora_xs", "LoRA-XS: U S R V^T of the SVD of W0, only R trained", 1e-2, 0.0),
+    "adalora": ("baselines.adalora", "AdaLoRA: B diag(E) A, the budget shrinks", 4e-3, 0.0),
+    "increlora": ("baselines.increlora", "IncreLoRA: AdaLoRA's form, ranks grow", 4e-3, 0.0),
+    "houlsby": ("baselines.houlsby", "bottleneck adapters behind attention and MLP", 1e-3, 0.0),
+    "pfeiffer": ("baselines.pfeiffer", "bottleneck adapters behind the MLP", 1e-3, 0.0),
     "full": ("baselines.full", "full fine-tuning", 5e-4, 0.01),
     "bitfit": ("baselines.bitfit", "biases only", 4e-2, 0.0),
     "head": ("baselines.head", "the task head only", 1e-2, 0.0),
@@ -21,6 +33,8 @@ METHODS = {
 FROM_RUN = {
     "t0": ("the warm-up steps", lambda warmup, total: warmup),
     "interval": ("a fifteenth of the steps", lambda warmup, total: max(1, total // 15)),
+    "t_init": ("12 % of the steps", lambda warmup, total: round(0.12 * total)),  # the authors' share on CoLA
+    "t_final": ("52 % of the steps", lambda warmup, total: round(0.52 * total)),  # likewise
 }
 
 # Method options that mean something only where another has a certain value.

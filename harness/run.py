@@ -99,10 +99,11 @@ class Run:
 
     def adapt(self):
         """Calibrate where the method looks at data first, inject it, and make the head trainable."""
-        s, method, extra = self.settings, self.method, {}
+        s, method = self.settings, self.method
+        extra = {"exclude": s.exclude} if s.exclude else {}
         targets = s.targets or modelling.default_targets(self.model)
         if hasattr(method, "calibrate"):
-            extra["plan"] = self.plan = self.calibrate(targets)
+            extra["plan"] = self.plan = self.calibrate(targets, **extra)
         self.layers = method.inject(self.model, targets, **extra, **methods.accepted(method.inject, s.options))
         self.train_head()
         if not self.layers and (s.compare or s.export_peft):
@@ -110,7 +111,7 @@ class Run:
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(f"nothing to train: method {s.method} with --freeze-head")
 
-    def calibrate(self, targets):
+    def calibrate(self, targets, **extra):
         """Show the method the first rows of the seeded shuffle, one at a time, without padding."""
         s, features = self.settings, self.train_features
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(s.seed)).tolist()
@@ -119,7 +120,7 @@ class Run:
         bar = tqdm([to_device(row, self.device) for row in rows], desc="calibrating", leave=False, disable=None)
         loss = lambda model, batch: loss_of(model, batch, self.task.kind)  # noqa: E731
         options = methods.accepted(self.method.calibrate, s.options)
-        return self.method.calibrate(self.model.to(self.device), targets, bar, loss, **options)
+        return self.method.calibrate(self.model.to(self.device), targets, bar, loss, **options, **extra)
 
     def wrap(self, layers):
         """Inject the method on the layers that an earlier run adapted; what it trained is loaded afterwards."""

@@ -71,6 +71,7 @@ class Settings:
     scratch: bool = flag(False, "our own transformer with random weights")
     targets: list[str] | None = flag(
         None, "ends of the names of the linear layers to adapt (default: all in the transformer blocks)", nargs="+", metavar="NAME")
+    exclude: list[str] | None = flag(None, "layers that --targets or its default names, but not to be adapted", nargs="+", metavar="NAME")
     freeze_head: bool = flag(False, "leave the task head alone (TLoRA's own runs do)")
     # With --scratch: about one million numbers, seconds per epoch on a laptop.
     width: int = flag(128, "scratch: width of a token's vector (default 128)", type=count)
@@ -96,6 +97,7 @@ class Settings:
 
     device: str = flag("auto", "default auto", choices=("auto", "cpu", "cuda", "mps"), group="machine")
     precision: str = flag("auto", "auto: bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16"))
+    fast: bool = flag(False, "compute each adapted layer in one autograd function (fast.py)")
     compile: bool = flag(False, "torch.compile the model")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory")
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", type=count)
@@ -280,8 +282,8 @@ def check(s):
         raise ValueError("--backbone is a model of its own: leave --base and --scratch out")
     if s.scratch and s.base:
         raise ValueError("--scratch draws the weights, --base reads them: leave one out")
-    if s.targets and not takes_targets(s.method):
-        raise ValueError(f"method {s.method} wraps no layers: leave --targets out")
+    if (s.targets or s.exclude) and not takes_targets(s.method):
+        raise ValueError(f"method {s.method} wraps no layers: leave --targets and --exclude out")
     if s.save_base and os.path.isdir(s.save_base):
         raise ValueError(f"--save-base {s.save_base} is a folder: it names a file")
     if s.threads and s.threads > 8 * (os.cpu_count() or 1):

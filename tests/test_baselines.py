@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from harness import folder
 from model import Config, Transformer, default_targets, logits
 
 # baseline: what each of its layers trains, options for layers of width 16, and how it is an exception:
@@ -108,7 +108,7 @@ def hugging(family):
         "t5": ("T5", t5 | {"dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}),
         "gpt2": ("GPT2", gpt2 | {"pad_token_id": 0}),
     }[family]
-    import backbones
+    from harness import backbones
 
     model = getattr(transformers, f"{kind}ForSequenceClassification")(getattr(transformers, f"{kind}Config")(**config))
     backbones.linearize(model)
@@ -223,7 +223,7 @@ def test_the_adapter_alone_fits_the_untouched_base_to_the_bit(name, tmp_path):
     case = Case(name).adapt()
     case.train(6)
     expected = case()
-    state = checkpoint.adapter_state(case.model)
+    state = folder.adapter_state(case.model)
     assert not any(".base." in key for key in state)
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "adapter.safetensors")
     fresh = Case(name)
@@ -234,7 +234,7 @@ def test_the_adapter_alone_fits_the_untouched_base_to_the_bit(name, tmp_path):
     assert not torch.equal(fresh(), expected)
     if name == "increlora":  # a frozen reserve and rows that are trained are there after loading only
         fresh.model.load_state_dict(load_file(tmp_path / "adapter.safetensors"), strict=False)
-    checkpoint.load_adapter_state(fresh.model, load_file(tmp_path / "adapter.safetensors"))
+    folder.load_adapter_state(fresh.model, load_file(tmp_path / "adapter.safetensors"))
     assert torch.equal(fresh(), expected)
 
 
