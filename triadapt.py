@@ -731,7 +731,7 @@ def main():
             scores = "  ".join(f"{n}{'*' * (n in grown)}: {score:+.4f}" for n, score in event["scores"].items())
             print(f"  step {step:3d}  scores  {scores}  -> new ranks {event['grown']}, budget left {event['budget']}")
             grown = event["grown"]
-    print(f"ranks {watch(model)['ranks']}; * grew at the event before: ||L + U|| is divided by a larger r now, so it scores low")
+    print(f"ranks {watch(model)['ranks']}; * grew at the event before: ||L + U|| is divided by a larger r, so it scores low")
     adapted = model(x)
     merge(model)
     print(f"merged into {model[2]}: largest difference {(model(x) - adapted).abs().max().item():.1e}")
