@@ -291,14 +291,26 @@ def test_C_is_held_for_as_many_layers_as_fit_and_the_plan_is_the_same_to_the_bit
 def test_layers_are_parted_by_the_bytes_of_their_C():
     linears = {name: nn.Linear(n, 2, dtype=dtype) for name, n, dtype in [
         ("a", 10, torch.float32), ("b", 10, torch.float64), ("c", 10, torch.bfloat16), ("d", 20, torch.float16),
+        ("e", 10, torch.float32),
     ]}  # fmt: skip
     parted = lambda memory: [list(part) for part in task_tlora.in_parts(linears, memory)]  # noqa: E731
-    assert parted(3200) == [["a", "b", "c", "d"]]  # 400 + 800 + 400 + 1600: float32 at least
-    assert parted(3199) == [["a", "b", "c"], ["d"]] == parted(1600)
-    assert parted(1599) == [["a", "b"], ["c"], ["d"]] == parted(1200)
-    assert parted(1199) == [["a"], ["b"], ["c"], ["d"]] == parted(0)
+    assert parted(3600) == [["a", "b", "c", "d", "e"]]  # 400 + 800 + 400 + 1600 + 400: float32 at least
+    assert parted(3599) == [["a", "b", "c", "d"], ["e"]] == parted(3200)
+    assert parted(3199) == [["a", "b", "c"], ["d", "e"]] == parted(2000)
+    assert parted(1999) == [["a", "b", "c"], ["d"], ["e"]] == parted(1600)
+    assert parted(1599) == [["a", "b"], ["c"], ["d"], ["e"]] == parted(1200)
+    assert parted(1199) == [["a"], ["b"], ["c"], ["d"], ["e"]] == parted(0)
     assert all(part[name] is linears[name] for part in task_tlora.in_parts(linears, 0) for name in part)
     assert list(task_tlora.in_parts({}, 0)) == []
+
+
+def test_no_eigenvalue_is_negative_where_rounding_makes_one():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(40, 5)), torch.randn(1, 3, 40)  # three tokens: C has rank 3
+    loss = lambda m, x: m(x).square().sum()  # noqa: E731
+    rounded = torch.linalg.eigvalsh(see_inputs(model, {"0": model[0]}, [x], loss, False)["0"].double())
+    spectrum = calibrate(model, ["0"], [x], loss, rank=2)["0"].spectrum
+    assert rounded[0] < 0 and spectrum == tuple(max(0.0, value) for value in reversed(rounded.tolist()))
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -480,6 +492,14 @@ def test_a_layer_that_sees_NaN_or_infinity_is_named(bad):
     assert not model.q_proj._forward_pre_hooks
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_number_is_enough(bad):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    x = torch.tensor([[0.5, bad, 1.0]])
+    with pytest.raises(ValueError, match="^layer 0 gets NaN or infinity as input$"):
+        calibrate(model, ["0", "1"], [x], lambda m, x: m(x).sum(), rank=1)
+
+
 def test_inputs_too_large_to_square_are_named():
     model = nn.Sequential(nn.Linear(2, 2))
     loss = lambda m, x: m(x).sum()  # noqa: E731
@@ -499,7 +519,7 @@ def test_a_gradient_or_a_loss_that_is_not_finite_is_named():
 
 
 def test_no_sample_is_an_error_and_so_is_no_layer_that_runs():
-    with pytest.raises(ValueError, match="no sample"):
+    with pytest.raises(ValueError, match="^there is no sample to calibrate on$"):
         calibrate(transformer(), ["v_proj"], [], loss_fn)
     with pytest.raises(ValueError, match="no gradient reaches layer never .1 of 1 layers.: no sample runs it"):
         calibrate(transformer(), ["never"], examples(), loss_fn)
@@ -763,7 +783,7 @@ def test_the_fast_path_spans_the_space_of_the_exact_one(n, r):
     (1024, 1024, 37, 630),  # of 640
     (1024, 1024, 38, None), (512, 512, 17, None), (1024, 1024, 128, None), (256, 256, 8, None), (3, 3, 2, None),
     (358, 1024, 8, None), (1024, 299, 8, None),  # the smaller side counts
-    (359, 1024, 8, 224),
+    (359, 1024, 8, 224), (192, 300, 2, 120), (191, 300, 2, None),  # 120 is 5/8 of 192
 ])  # fmt: skip
 def test_the_fast_path_is_not_the_exact_one_in_disguise_unless_that_is_faster(monkeypatch, m, n, r, width):
     """The full SVD sees a matrix of `width` columns, or M itself where that would be 5/8 of its smaller side."""
@@ -1184,11 +1204,18 @@ def test_wrong_input_is_refused_in_one_line():
         inject(model, ["q_proj", "k_proj"], plan=plan)
     with pytest.raises(ValueError, match=r"rank 13 does not fit layer q_proj \(12, 12\): .* 1 to 12"):
         inject(model, ["q_proj"], rank=13)
+    for rank in (-1, 0, 13, 36):
+        with pytest.raises(ValueError, match=rf"rank {rank} does not fit layer down_proj \(12, 36\): allowed are 1 to 12"):
+            inject(model, ["down_proj"], rank=rank)
     for dropout in (1.0, -0.1, math.nan):
         with pytest.raises(ValueError, match=rf"dropout {dropout} is not in \[0, 1\)"):
             inject(model, ["q_proj"], dropout=dropout)
     assert not any(isinstance(m, TaskTLoRALinear) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())  # nothing was half done
+    for rank in (1, 12):  # the smallest and the largest that fit
+        inject(model := transformer(), ["down_proj"], rank=rank, alpha=3.0)
+        assert (model.down_proj.rank, model.down_proj.scaling) == (rank, 3.0 / rank)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == {"down_proj.B"}
 
 
 @pytest.mark.parametrize(
