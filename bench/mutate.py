@@ -23,6 +23,7 @@ matrices, reductions, the order of arguments and the table of equivalents would 
 import argparse
 import ast
 import collections
+import contextlib
 import copy
 import glob
 import hashlib
@@ -73,9 +74,12 @@ SWAPPED = {
 PAIRS = "sum mean, max min, amax amin, any all, argmax argmin, floor ceil, cos sin, ones zeros, triu tril, maximum minimum"
 RENAMED = {a: b for pair in PAIRS.split(", ") for a, b in (pair.split(), pair.split()[::-1])} | {"sorted": "list"}
 # Calls that may be left out: x.abs() and abs(x) become x.
-UNWRAPPED = set("T mT t transpose abs sqrt square sign detach clone float double half to cpu contiguous round".split())
-UNWRAPPED |= {"clamp", "train", "eval", "diff", "cumsum", "flip", "strip", "lower", "log", "exp"}
-KEEPS_ORDER = {"isinstance", "issubclass", "hasattr", "getattr", "setattr", "print"}  # else a TypeError, noticed by all
+UNWRAPPED = {
+    "transpose", "abs", "sqrt", "square", "sign", "detach", "clone", "float", "double", "half", "to", "cpu", "contiguous",
+    "round", "clamp", "train", "eval", "diff", "cumsum", "flip", "strip", "lower", "log", "exp", "t",
+}  # fmt: skip
+# Two arguments change places, but not here: the result is the same, or a TypeError that all tests notice.
+KEEPS_ORDER = {"min", "max", "equal", "promote_types", "isinstance", "issubclass", "hasattr", "getattr", "setattr", "print"}
 MESSAGES = {"print", "ValueError", "TypeError", "RuntimeError", "SystemExit", "warn", "add_argument"}
 
 
@@ -140,7 +144,7 @@ def constants(value):
 
 def calls(node):
     name, args = called(node), node.args
-    if name in RENAMED:
+    if name in RENAMED and (isinstance(node.func, ast.Attribute) or name != "sum"):  # there is no builtin mean
         field = "attr" if isinstance(node.func, ast.Attribute) else "id"
         yield altered(node, func=altered(node.func, **{field: RENAMED[name]}))
     if name in UNWRAPPED and isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") not in MODULES:
@@ -167,14 +171,14 @@ def droppable(node, bound):
 
 
 class Finder:
-    """Walks a file's tree and keeps each mutant that compiles to something else."""
+    """Walks a file's tree and keeps each mutant that is something else to Python too."""
 
     def __init__(self, source):
-        self.source, self.lines, self.found = source, source.encode().splitlines(keepends=True), {}
-        self.original = ast.dump(ast.parse(source))
+        self.lines, self.found, self.names = source.encode().splitlines(keepends=True), {}, collections.Counter()
         tree = ast.parse(source)
-        # On the module level, a name that is not bound is a NameError for all to see.
-        self.walk(tree, None, None, None, set())
+        for block in tree.body:
+            self.block, self.original = block, ast.dump(block)
+            self.walk(block, tree, None, None, set())
         self.mutants = sorted(self.found.values(), key=lambda mutant: mutant.line)  # a stable sort
 
     def walk(self, node, parent, statement, fstring, bound):
@@ -212,24 +216,30 @@ class Finder:
             text = ast.unparse(ast.fix_missing_locations(new))
         except ValueError:  # a backslash in an f-string
             return
-        code = self.spliced(anchor, text if isinstance(new, ast.stmt) else f"({text})")
+        before, middle, after = self.spliced(anchor, text if isinstance(new, ast.stmt) else f"({text})")
         try:
-            if ast.dump(ast.parse(code)) == self.original:
-                return
+            block = ast.parse(middle).body
         except SyntaxError:
             return
+        code = before + middle + after
+        if len(block) == 1 and ast.dump(block[0]) == self.original or code in self.found:
+            return
         simple = not hasattr(statement, "body")
-        lines = range(statement.lineno, (statement.end_lineno if simple else anchor.end_lineno) + 1)
+        first = min(statement.lineno, anchor.lineno)  # a decorator stands above its statement
+        lines = range(first, (statement.end_lineno if simple else anchor.end_lineno) + 1)
         line = self.lines[anchor.lineno - 1].decode().strip()
-        number = sum(m.source == line and re.sub(r" \(\d+\)$", "", m.change) == change for m in self.found.values())
-        change += f" ({number + 1})" if number else ""  # the same change twice on lines that read the same
-        self.found.setdefault(code, Mutant(anchor.lineno, lines, code, change, line))
+        self.names[line, change] += 1  # the same change twice on lines that read the same
+        change += f" ({self.names[line, change]})" if self.names[line, change] > 1 else ""
+        self.found[code] = Mutant(anchor.lineno, lines, code, change, line)
 
     def spliced(self, node, text):
-        first, last = node.lineno - 1, node.end_lineno - 1
-        before = b"".join(self.lines[:first]) + self.lines[first][: node.col_offset]
-        after = self.lines[last][node.end_col_offset :] + b"".join(self.lines[last + 1 :])
-        return (before + text.encode() + after).decode()
+        """The source with `text` in the node's place: before the top-level statement that it is in, this, and after it."""
+        top = min([self.block, *getattr(self.block, "decorator_list", [])], key=lambda n: n.lineno).lineno - 1
+        first, last, end = node.lineno - 1, node.end_lineno - 1, self.block.end_lineno
+        head = b"".join(self.lines[top:first]) + self.lines[first][: node.col_offset]
+        tail = self.lines[last][node.end_col_offset :] + b"".join(self.lines[last + 1 : end])
+        parts = b"".join(self.lines[:top]), head + text.encode() + tail, b"".join(self.lines[end:])
+        return [part.decode() for part in parts]
 
 
 def brief(node):
@@ -326,7 +336,7 @@ def fork(tree, tests, order, traced=None, cpu_seconds=None):
         # The tests and the other files are compiled once; the mutant never: a file of the same second is not seen as new.
         sys.dont_write_bytecode = traced is None
         plugin = Plugin(order, traced and os.path.join(tree, traced))
-        options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={tree}.tmp"] + ["-x"] * (traced is None)
+        options = ["-q", "--tb=native", "-p", "no:cacheprovider", f"--basetemp={tree}.tmp"] + ["-x"] * (traced is None)
         status = pytest.main([*options, *tests], plugins=[plugin])
         result = {"failed": plugin.failed, "seconds": plugin.seconds}
         if traced:
@@ -364,12 +374,10 @@ class Bench:
         self.left_out = sorted(set(result["failed"]))
         self.seconds = {t: s for t, s in result["seconds"].items() if t not in self.left_out}
         self.reached = {test: set(lines) for test, lines in result["reached"].items()}
-        self.cpu_seconds = int(20 + 4 * (used.ru_utime + used.ru_stime))
+        self.cpu_seconds = int(2 + 4 * (used.ru_utime + used.ru_stime))
         for name in result["modules"]:
-            try:
+            with contextlib.suppress(Exception):  # not all can be imported by their names: then each fork does it again
                 importlib.import_module(name)
-            except Exception:  # some cannot be imported by their names; then each fork imports them again
-                pass
         torch.set_num_threads(1)
         folder_of_file, name = os.path.split(os.path.join(first, file))
         for compiled in glob.glob(f"{folder_of_file}/__pycache__/{name[:-3]}.*"):
