@@ -49,12 +49,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EQUIVALENT, REPORT = (os.path.join(ROOT, "bench", name) for name in ("equivalent.jsonl", "mutants.md"))
 
 # file: the tests that are to notice a wrong line of it, the quickest first
+METHODS = ["tests/test_walking.py", "tests/test_methods.py"]
 FILES = {
-    "tlora.py": ["tests/test_tlora.py", "tests/test_methods.py"],
-    "tlora_plus.py": ["tests/test_tlora_plus.py", "tests/test_methods.py"],
-    "task_tlora.py": ["tests/test_task_tlora.py", "tests/test_methods.py"],
-    "triadapt.py": ["tests/test_triadapt.py", "tests/test_methods.py"],
-    "baselines/lora.py": ["tests/test_lora.py", "tests/test_methods.py"],
+    "tlora.py": ["tests/test_tlora.py", *METHODS],
+    "tlora_plus.py": ["tests/test_tlora_plus.py", *METHODS],
+    "task_tlora.py": ["tests/test_task_tlora.py", *METHODS],
+    "triadapt.py": ["tests/test_triadapt.py", *METHODS],
+    "baselines/lora.py": ["tests/test_lora.py", *METHODS],
     "model.py": ["tests/test_model.py"],
     "data.py": ["tests/test_data.py"],
 }
