@@ -44,7 +44,7 @@ def test_one_name_is_a_target_and_the_end_of_another_name_is_not(method):
 @methods
 def test_a_merged_weight_is_frozen_and_keeps_no_graph(method):
     model = nn.Sequential(nn.Linear(12, 7))
-    module, names = wrapped(method, model, ["0"])
+    module, _ = wrapped(method, model, ["0"])
     assert any(p.requires_grad for p in model.parameters())
     module.merge(model)
     for p in model.parameters():
