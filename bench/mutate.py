@@ -80,7 +80,7 @@ UNWRAPPED = {
     "round", "clamp", "train", "eval", "diff", "cumsum", "flip", "strip", "lower", "log", "exp", "t",
 }  # fmt: skip
 # Two arguments change places, but not here: the result is the same, or a TypeError that all tests notice.
-KEEPS_ORDER = {"min", "max", "equal", "promote_types", "isinstance", "issubclass", "hasattr", "getattr", "setattr", "print"}
+KEEPS_ORDER = {"min", "max", "equal", "transpose", "promote_types", "isinstance", "issubclass", "hasattr", "getattr", "setattr", "print"}
 MESSAGES = {"print", "ValueError", "TypeError", "RuntimeError", "SystemExit", "warn", "add_argument"}
 
 
