@@ -80,7 +80,8 @@ UNWRAPPED = {
     "round", "clamp", "train", "eval", "diff", "cumsum", "flip", "strip", "lower", "log", "exp", "t",
 }  # fmt: skip
 # Two arguments change places, but not here: the result is the same, or a TypeError that all tests notice.
-KEEPS_ORDER = {"min", "max", "equal", "transpose", "promote_types", "isinstance", "issubclass", "hasattr", "getattr", "setattr", "print"}
+KEEPS_ORDER = {"min", "max", "equal", "transpose", "promote_types", "isinstance", "issubclass", "print"}
+KEEPS_ORDER |= {"hasattr", "getattr", "setattr"}
 MESSAGES = {"print", "ValueError", "TypeError", "RuntimeError", "SystemExit", "warn", "add_argument"}
 
 
@@ -212,9 +213,9 @@ class Finder:
         change = f"{brief(node)} → {brief(new)}" if not isinstance(new, ast.Pass) else f"dropped: {brief(node)}"
         anchor = fstring or node  # inside an f-string Python 3.11 knows no columns: the whole of it is written anew
         if fstring and fstring is not node:
-            new = replaced(fstring, node, new)
+            new = copy.deepcopy(fstring, {id(node): new})
         try:
-            text = ast.unparse(ast.fix_missing_locations(new))
+            text = ast.unparse(new)
         except ValueError:  # a backslash in an f-string
             return
         before, middle, after = self.spliced(anchor, text if isinstance(new, ast.stmt) else f"({text})")
@@ -244,26 +245,7 @@ class Finder:
 
 
 def brief(node):
-    text = ast.unparse(ast.fix_missing_locations(copy.deepcopy(node)))
-    return " ".join(text.split())
-
-
-def replaced(tree, old, new):
-    """A copy of `tree` with `new` where `old` was."""
-
-    class Replace(ast.NodeTransformer):
-        def visit(self, node):
-            return new if node is old else self.generic_visit(copy.copy(node))
-
-        def generic_visit(self, node):
-            for field, value in ast.iter_fields(node):
-                if isinstance(value, list):
-                    setattr(node, field, [self.visit(v) if isinstance(v, ast.AST) else v for v in value])
-                elif isinstance(value, ast.AST):
-                    setattr(node, field, self.visit(value))
-            return node
-
-    return Replace().visit(tree)
+    return " ".join(ast.unparse(node).split())
 
 
 def mutants_of(source):
@@ -338,7 +320,7 @@ def fork(tree, tests, order, traced=None, cpu_seconds=None):
         sys.dont_write_bytecode = traced is None
         plugin = Plugin(order, traced and os.path.join(tree, traced))
         options = ["-q", "--tb=native", "-p", "no:cacheprovider", f"--basetemp={tree}.tmp"] + ["-x"] * (traced is None)
-        status = pytest.main([*options, *tests], plugins=[plugin])
+        ended = pytest.main([*options, *tests], plugins=[plugin])
         result = {"failed": plugin.failed, "seconds": plugin.seconds}
         if traced:
             outside = [name for name, m in list(sys.modules.items()) if not inside(tree, m)]
@@ -346,6 +328,7 @@ def fork(tree, tests, order, traced=None, cpu_seconds=None):
             result |= {"reached": reached, "modules": outside}
         with open(f"{tree}.json", "w") as file:
             json.dump(result, file)
+        status = ended
     finally:
         os._exit(int(status))
 
@@ -354,19 +337,14 @@ def inside(tree, module):
     return str(getattr(module, "__file__", None) or "").startswith(tree)
 
 
-def copy_tree(tree):
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "*.pyc"))
-
-
 class Bench:
     """One file, its tests, and copies of the tree to run them in."""
 
     def __init__(self, file, tests, jobs, folder):
         self.file, self.tests = file, tests
-        with open(os.path.join(ROOT, file)) as f:
-            self.source = f.read()
+        self.source = read(os.path.join(ROOT, file))
         first = os.path.join(folder, "0")
-        copy_tree(first)
+        shutil.copytree(ROOT, first, ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
         pid = fork(first, tests, None, traced=file)
         _, status, used = os.wait4(pid, 0)
         if os.waitstatus_to_exitcode(status) not in (0, 1):
@@ -428,10 +406,8 @@ class Bench:
 
 
 def end_group(pid):
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def verdict(code, tree):
