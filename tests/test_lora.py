@@ -2,13 +2,14 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from baselines import bitfit, full, head
+from baselines import bitfit, full, head, lora
 from baselines.lora import inject, param_groups
 from model import Config, Transformer, head_modules
 
@@ -113,3 +114,64 @@ def test_losses_equal_pefts_over_twenty_steps():
         print(dtype, "largest difference of 20 losses", error, "losses", losses[0][0], losses[0][-1])
         assert losses[0][0] != losses[0][-1] and ours[0].B.abs().max() > 1e-2
         assert error < bound
+
+
+# ------------------------------------------------------------------ what no wrong line may pass
+
+
+def test_the_defaults_are_rank_8_alpha_16_and_no_dropout():
+    model = nn.Sequential(nn.Linear(40, 50))
+    inject(model, ["0"])
+    layer = model[0]
+    assert (layer.rank, layer.alpha, layer.scaling, layer.dropout) == (8, 16.0, 2.0, 0.0)
+    assert layer.A.shape == (8, 40) and layer.B.shape == (50, 8)
+
+
+def test_ranks_from_one_to_the_smaller_side_are_allowed_and_others_refused_in_words():
+    for rank in (1, 5):
+        model = nn.Sequential(nn.Linear(12, 5))
+        assert inject(model, ["0"], rank=rank) == ["0"] and model[0].rank == rank
+    for options, message in [
+        ({"rank": 0}, r"rank 0 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
+        ({"rank": 6}, r"rank 6 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
+        ({"rank": 2, "dropout": 1.0}, r"dropout 1.0 is not in \[0, 1\)"),
+        ({"rank": 2, "dropout": -0.1}, r"dropout -0.1 is not in \[0, 1\)"),
+    ]:
+        model = nn.Sequential(nn.Linear(12, 5))
+        with pytest.raises(ValueError, match=message):
+            inject(model, ["0"], **options)
+        assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
+def test_dropout_falls_on_the_adapters_input_in_training_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(400, 5).double())
+    inject(model, ["0"], rank=3, alpha=6.0, dropout=0.75)
+    layer = model[0]
+    nn.init.normal_(layer.B)
+    x = torch.randn(1, 400, dtype=torch.float64)
+    torch.manual_seed(1)
+    update = layer(x) - layer.base(x)
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.75)
+    assert 250 < (dropped == 0).sum() < 350 and update.abs().max() > 0.1
+    assert (update - dropped @ (2 * layer.B @ layer.A).T).abs().max() < 1e-12
+    layer.eval()
+    assert (layer(x) - layer.base(x) - x @ (2 * layer.B @ layer.A).T).abs().max() < 1e-12
+
+
+def test_the_demo_learns_a_shift_of_its_own_rank_and_merges_it(capsys):
+    lora.main()
+    shown = capsys.readouterr().out
+    words = re.findall(r"^  (\S+) +(\(.*\)) +(\w+)$", shown, re.M)
+    assert sorted(words) == [
+        ("0.A", "(4, 64)", "trained"), ("0.B", "(48, 4)", "trained"),
+        ("0.base.bias", "(48,)", "frozen"), ("0.base.weight", "(48, 64)", "frozen"),
+    ]  # fmt: skip
+    rows = re.findall(r"^  step +(\d+)  loss ([\d.]+)$", shown, re.M)
+    losses = [float(loss) for _, loss in rows]
+    assert "output unchanged at the start: True" in shown and [int(step) for step, _ in rows] == [0, 100, 200, 300]
+    # A sum of 64 times 4 products of normal numbers, divided by 16, is a normal number: its square is 1 on average.
+    assert 0.7 < losses[0] < 1.3 and losses[-1] < 1e-4
+    merged, difference = re.search(r"^merged into (.*): largest difference (\S+)$", shown, re.M).groups()
+    assert merged == "Linear(in_features=64, out_features=48, bias=True)" and 0 < float(difference) < 1e-5

@@ -1,8 +1,10 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -539,3 +541,158 @@ def refused(path):
 def test_impossible_models_are_refused(config, kind, outputs, message):
     with pytest.raises(ValueError, match=message):
         Transformer(config, kind, outputs)
+
+
+# ------------------------------------------------------------------ what no wrong line may pass
+
+
+def test_the_defaults_are_the_base_s_sizes():
+    assert Config(9) == Config(9, width=128, depth=4, heads=4, hidden=512, causal=False, dropout=0.0)
+    model = Transformer(Config(9))
+    assert model.kind == "lm" and not model.checkpointing
+
+
+@pytest.mark.parametrize(
+    "config, kind, message",
+    [
+        (Config(9, width=12, heads=4), "lm", "width 12 is not a multiple of 2 * heads = 8"),
+        (Config(9), "classification", "classification needs outputs >= 2, not 0"),
+        (Config(9), "sentence", "kind 'sentence' is unknown: use one of classification, regression, span, lm"),
+    ],
+)
+def test_impossible_models_are_refused_in_these_words(config, kind, message, tmp_path):
+    with pytest.raises(ValueError) as error:
+        Transformer(config, kind)
+    assert str(error.value) == message
+    save_base(build(), tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match="classification needs outputs >= 2, not 0"):
+        load_base(tmp_path / "base.safetensors", "classification")
+
+
+def test_every_new_tensor_is_made_on_the_models_device():
+    """Whatever is made without saying where would be on the default device: here one that holds no numbers."""
+    ids, mask = padded(random_rows(3, [9, 4, 6]), pad=0)
+    models = {(kind, causal): build(kind, causal=causal) for kind in KINDS for causal in (False, True)}
+    expected = {key: model(ids, mask) for key, model in models.items()}
+    new = generate(models["lm", True], [[1, 2], [3]], 4, -1, [[5], []])
+    with torch.device("meta"):
+        assert torch.ones(1).is_meta
+        for key, model in models.items():
+            assert torch.equal(model(ids, mask), expected[key])
+        assert generate(models["lm", True], [[1, 2], [3]], 4, -1, [[5], []]) == new
+
+
+def test_rotation_keeps_the_dtype_of_what_is_turned():
+    """Under autocast q and k are bfloat16 and the tables are float32."""
+    torch.manual_seed(0)
+    x, tables = torch.randn(5, 8, dtype=torch.bfloat16), rope_tables(5, 8, torch.float32, "cpu")
+    assert rotate(x, *tables).dtype == torch.bfloat16
+    assert torch.equal(rotate(x, *tables), rotate(x.float(), *tables).bfloat16())
+
+
+def test_blocks_are_checkpointed_when_asked_and_a_gradient_is_wanted(monkeypatch):
+    calls = []
+
+    def seen(block, *inputs, **options):
+        calls.append(options)
+        return block(*inputs)
+
+    monkeypatch.setattr(model_file, "checkpoint", seen)
+    model, ids = build(), torch.randint(50, (2, 5))
+    for checkpointing, grad, count in [(False, True, 0), (True, False, 0), (False, False, 0), (True, True, 2)]:
+        calls.clear()
+        model.checkpointing = checkpointing
+        with torch.set_grad_enabled(grad):
+            model(ids)
+        assert calls == [{"use_reentrant": False}] * count
+
+
+class Foreign(nn.Module):
+    """A model as Hugging Face's are: keywords in, an object with attributes out that says what it contains."""
+
+    def __init__(self, outputs, **config):
+        super().__init__()
+        self.config, self.outputs, self.seen = SimpleNamespace(**config), outputs, None
+
+    def forward(self, **inputs):
+        self.seen = inputs
+        return type("Output", (dict,), {"__getattr__": dict.__getitem__})(self.outputs)
+
+
+def test_logits_of_a_foreign_model_have_our_shapes():
+    torch.manual_seed(0)
+    ids = torch.randint(50, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    classes, one, words = torch.randn(3, 2), torch.randn(3, 1), torch.randn(3, 7, 50)
+    assert torch.equal(logits(Foreign({"logits": classes}), batch), classes)
+    assert torch.equal(logits(Foreign({"logits": one}), batch), one[:, 0])
+    assert torch.equal(logits(Foreign({"logits": words}), batch), words)
+    few = words[:, :1]  # (B, 1, V) is no regression
+    assert torch.equal(logits(Foreign({"logits": few}), batch), few)
+    positions = torch.rand(3, 7) < 0.3
+    assert 0 < positions.sum() < 21
+    assert torch.equal(logits(Foreign({"logits": words}), batch, positions), words[positions])
+    start, end = torch.randn(2, 3, 7)
+    y = logits(Foreign({"start_logits": start, "end_logits": end}), batch)
+    expected = torch.stack([start, end], 2)
+    expected[1, 4:] = -math.inf
+    assert torch.equal(y, expected)
+    y = logits(Foreign({"start_logits": start, "end_logits": end}), {"input_ids": ids})
+    assert torch.equal(y, torch.stack([start, end], 2))
+
+
+def test_a_foreign_model_is_given_what_its_config_asks_for():
+    ids, types = torch.randint(50, (3, 7)), torch.zeros(3, 7)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types, "labels": ids}
+    plain = {"input_ids", "attention_mask"}
+    for config, expected in [
+        ({}, plain),
+        ({"type_vocab_size": 1}, plain),  # RoBERTa's
+        ({"type_vocab_size": 2}, plain | {"token_type_ids"}),  # BERT's
+        ({"use_cache": False}, plain),
+        ({"use_cache": True}, plain | {"use_cache"}),  # GPT-2's
+    ]:
+        model = Foreign({"logits": torch.zeros(3, 2)}, **config)
+        logits(model, batch)
+        assert set(model.seen) == expected and model.seen["input_ids"] is ids
+        assert model.seen["attention_mask"] is batch["attention_mask"]
+        assert model.seen.get("use_cache", False) is False and model.seen.get("token_type_ids", types) is types
+
+
+def test_a_compiled_transformer_is_still_ours():
+    class Compiled(nn.Module):  # torch.compile keeps the model as _orig_mod and passes attributes on
+        def __init__(self, model):
+            super().__init__()
+            self._orig_mod, self.config, self.kind = model, model.config, model.kind
+
+        def forward(self, **inputs):
+            return self._orig_mod(**inputs)
+
+    ids, mask = padded(random_rows(4, [9, 4, 6]), pad=0)
+    for kind in KINDS:
+        model, batch = build(kind), {"input_ids": ids, "attention_mask": mask}
+        assert torch.equal(logits(Compiled(model), batch), logits(model, batch))
+
+
+def test_generating_makes_plain_ids_without_a_graph_and_nothing_where_nothing_is_wanted():
+    model, passes = build("lm", causal=True), []
+    model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    assert generate(model, [[1, 2], [3]], 0, -1) == [[], []] and not passes
+    new = generate(model, [[1, 2], [3]], 3, -1)
+    assert passes == [False] * 3 and torch.is_grad_enabled()
+    assert [[type(i) for i in ids] for ids in new] == [[int] * 3] * 2
+
+
+def test_targets_are_in_lists_of_blocks_and_heads_are_not():
+    linear = lambda: nn.Linear(4, 4)
+    model = nn.ModuleDict({
+        "blocks": nn.ModuleList([linear(), nn.Sequential(linear())]), "embed": nn.Embedding(4, 4),
+        "pooler": nn.Sequential(nn.Tanh(), linear()), "classifier": linear(), "lm_head": linear(),
+    })  # fmt: skip
+    assert default_targets(model) == ["blocks.0", "blocks.1.0"]
+    assert head_modules(model) == ["pooler", "classifier", "lm_head"]
+    model.get_output_embeddings = lambda: model["lm_head"]
+    model.new_modules = ["encoder.pooler"]
+    assert head_modules(model) == ["pooler", "classifier", "encoder.pooler"]

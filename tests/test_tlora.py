@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 
 import numpy as np
 import pytest
@@ -336,3 +337,53 @@ def test_the_demo_shows_the_loss_going_down(capsys):
     losses = [float(line.split("loss")[1].split()[0]) for line in shown.splitlines() if "loss" in line]
     assert "output unchanged at the start: True" in shown and "1025 numbers are trained" in shown
     assert len(losses) == 4 and losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 2
+
+
+# ------------------------------------------------------------------ what no wrong line may pass
+
+
+def test_the_defaults_are_the_authors_rank_32_and_dropout_a_half():
+    model = nn.Sequential(nn.Linear(40, 50))
+    inject(model, ["0"])
+    assert model[0].A.shape == (32, 40) and model[0].dropout == 0.5
+
+
+def test_a_rank_of_the_smaller_side_is_allowed():
+    model = nn.Sequential(nn.Linear(12, 5))
+    assert inject(model, ["0"], rank=5, dropout=0.0) == ["0"] and model[0].dropout == 0.0
+
+
+def test_dropout_beside_the_cpu_is_torchs():
+    """The device without numbers stands for all that are not the CPU: there, shape and device are what is left to see."""
+    h = torch.ones(3, 5, device="meta")
+    out = dropout(h, 0.5)
+    assert out.device.type == "meta" and out.shape == (3, 5) and out is not h
+
+
+def test_cosine_is_computed_in_float64_whatever_the_factors_are():
+    torch.manual_seed(0)
+    one, two = ([torch.randn(90, 30), torch.randn(30, 60)] for _ in range(2))
+    dW1, dW2 = (P.double().numpy() @ Q.double().numpy() for P, Q in (one, two))
+    expected = (dW1 * dW2).sum() / np.sqrt((dW1**2).sum() * (dW2**2).sum())
+    in_float32 = F.cosine_similarity((one[0] @ one[1]).flatten(), (two[0] @ two[1]).flatten(), dim=0).item()
+    error = abs(cosine_similarity(one, two) - expected)
+    print("cosine", expected, "error", error, "in float32", abs(in_float32 - expected))
+    assert error < 1e-15 < 1e-10 < abs(in_float32 - expected)
+
+
+def test_the_demo_tells_trained_from_frozen_and_merges_what_it_trained(capsys):
+    tlora.main()
+    shown = capsys.readouterr().out
+    words = dict(re.findall(r"^  (\S+) +\(.*\) +(\w+)$", shown, re.M))
+    trained = {"0.B", "0.alpha"}
+    assert words == {
+        name: "trained" if name in trained else "frozen"
+        for name in (*trained, "0.A", "0.C", "0.base.weight", "0.base.bias", "2.weight", "2.bias")
+    }
+    assert "2.weight       (2, 256)" in shown and f"LoRA at rank 32 trains {32 * (64 + 256)}" in shown
+    rows = re.findall(r"^  step +(\d+)  loss ([\d.]+)  alpha ([\d.]+)  norm of B ([\d.]+)$", shown, re.M)
+    assert [int(row[0]) for row in rows] == [0, 100, 200, 300]
+    assert rows[0][2:] == ("1.000", "0.000") and float(rows[-1][3]) > 0.1 and rows[-1][2] != "1.000"
+    assert abs(float(rows[0][1]) - math.log(2)) < 0.1  # two classes, as many of the one as of the other
+    merged, difference = re.search(r"^merged into (.*): largest difference (\S+)$", shown, re.M).groups()
+    assert merged == "Linear(in_features=64, out_features=256, bias=True)" and 0 < float(difference) < 1e-5

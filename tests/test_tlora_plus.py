@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -475,3 +476,56 @@ def test_the_demo_shows_that_ratio_4_learns_faster_than_ratio_1(capsys):
     losses = [float(line.split("loss")[1]) for line in shown.splitlines() if "step" in line]
     assert shown.count("output unchanged at the start: True") == 2
     assert len(losses) == 6 and losses[0] == losses[3] and losses[5] < losses[2] < losses[0]
+
+
+# ------------------------------------------------------------------ what no wrong line may pass
+
+
+def test_the_defaults_are_rank_8_ratio_4_and_all_three_trained_from_zero():
+    model = nn.Sequential(nn.Linear(40, 50))
+    inject(model, ["0"])
+    layer = model[0]
+    assert layer.A.shape == (8, 40) and layer.B.shape == (8, 8) and layer.C.shape == (50, 8)
+    assert layer.ratio == 4.0 and not layer.B.any()
+    assert all(getattr(layer, letter).requires_grad for letter in "ABC")
+
+
+def test_ranks_of_the_smaller_side_are_allowed():
+    model = nn.Sequential(nn.Linear(12, 5))
+    assert inject(model, ["0"], rank1=5, rank2=5) == ["0"] and model[0].B.shape == (5, 5)
+
+
+def demos_first_part(shown):
+    """[(ratio, rates, changes)] of the demo's first table."""
+    numbers = r"([\d.e+-]+) : ([\d.e+-]+) : ([\d.e+-]+)"
+    rows = re.findall(rf"^  ratio (\w+) +{numbers} +{numbers}$", shown, re.M)
+    return [(row[0], [float(x) for x in row[1:4]], [float(x) for x in row[4:]]) for row in rows]
+
+
+def test_the_demos_table_is_that_of_its_matrices_in_numpy(capsys):
+    tlora_plus.main()
+    shown = capsys.readouterr().out
+    torch.manual_seed(0)
+    A, B, C = torch.randn(8, 768) / 768**0.5, torch.randn(8, 8) / 8**0.5, torch.randn(768, 8) / 8**0.5
+    A, B, C, G = (M.double().numpy() for M in (A, B, C, torch.randn(768, 64) @ torch.randn(64, 768)))
+    sizes = [np.abs(g).sum() for g in (B.T @ C.T @ G, C.T @ G @ A.T, G @ A.T @ B.T)]  # Eq. 5 at rate 1
+    rows = demos_first_part(shown)
+    assert [row[0] for row in rows] == RATIOS
+    for ratio, rates, changes in rows:
+        expected = rate_ratios(parse_ratio(ratio), 768, 768, 8, 8)
+        assert rates == pytest.approx(expected, rel=1e-3)
+        shares = [size * rate / sizes[0] for size, rate in zip(sizes, expected)]
+        print(ratio, changes, shares)
+        assert changes == pytest.approx(shares, abs=0.006, rel=1e-4)
+
+
+def test_the_demo_says_the_layer_and_merges_what_it_trained(capsys):
+    tlora_plus.main()
+    shown = capsys.readouterr().out
+    assert "layer 768 x 768, rank 8" in shown
+    rows = re.findall(r"^    step +(\d+)  loss ([\d.]+)$", shown, re.M)
+    assert [int(step) for step, _ in rows] == [0, 100, 200] * 2
+    # A sum of 64 times 4 products of normal numbers, divided by 16, is a normal number: its square is 1 on average.
+    assert 0.7 < float(rows[0][1]) < 1.3
+    merged, difference = re.search(r"^merged into (.*): largest difference (\S+)$", shown, re.M).groups()
+    assert merged == "Linear(in_features=64, out_features=48, bias=True)" and 0 < float(difference) < 1e-5
