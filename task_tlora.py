@@ -431,10 +431,9 @@ def calibrate(
     linears = find_linears(model, targets, exclude)
     if rank < 1:
         raise ValueError(f"rank {rank} is below 1")
-    if init not in ("wc", "w", "random", "theory"):
-        raise ValueError(f"init '{init}' is unknown: allowed are wc, w, random, theory")
-    if svd not in ("exact", "fast"):
-        raise ValueError(f"svd '{svd}' is unknown: allowed are exact, fast")
+    for option, value, allowed in (("init", init, ("wc", "w", "random", "theory")), ("svd", svd, ("exact", "fast"))):
+        if value not in allowed:
+            raise ValueError(f"{option} '{value}' is unknown: allowed are {', '.join(allowed)}")
     scores, batches = see_gradients(model, linears, itertools.islice(batches, samples), loss_fn)
     caps = [min(linear.weight.shape) for linear in linears.values()]
     ranks = allocate_ranks(scores, len(caps) * rank, caps) if adapt_rank else [min(rank, cap) for cap in caps]

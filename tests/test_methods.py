@@ -319,7 +319,7 @@ def train_half(module, model, loss, lr, steps=200):
         (loss(model) + extra).backward()
         optimizer.step()
         if hasattr(module, "after_step"):
-            module.after_step(model, optimizer, step, steps)
+            module.after_step(model, optimizer, step, max(steps, 60))  # growth begins at step 50, so a run is longer
     return losses
 
 
