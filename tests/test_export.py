@@ -19,7 +19,7 @@ from harness.run import Run  # noqa: E402
 from harness.settings import Settings  # noqa: E402
 from model import default_targets, head_modules, logits  # noqa: E402
 
-METHODS = ["lora", "triadapt", "tlora", "tlora_plus", "task_tlora"]
+METHODS = ["lora", "triadapt", "tlora", "tlora_plus", "task_tlora", "dora", "pissa", "adalora"]
 FAMILIES = ["roberta", "llama", "t5", "gpt2", "deberta-v3", "bert"]
 LABELS = ("no", "maybe", "yes")
 BOUND = 1e-5
@@ -83,7 +83,7 @@ def plain(folder, kind="classification"):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_peft_and_plain_transformers_give_our_logits(folders, tmp_path, family, name):
-    if family in ("deberta-v3", "bert") and name not in ("lora", "triadapt"):
+    if family in ("deberta-v3", "bert") and name not in ("lora", "triadapt", "dora"):
         name = "lora"  # two methods are enough for these two
     run = trained(folders[family], name)
     model = run.model

@@ -37,7 +37,7 @@ def test_every_file_named_is_there():
     names = set(re.findall(r"\b[\w/-]+\.(?:py|md)\b|docs/\w+\.png", README))
     assert len(names) > 15
     for name in names:
-        found = [os.path.join(ROOT, folder, name) for folder in ("", "bench", "docs", "generated", "reading")]
+        found = [os.path.join(ROOT, folder, name) for folder in ("", "bench", "docs", "generated", "reading", "examples")]
         assert any(map(os.path.exists, found)), name
 
 

@@ -1,0 +1,62 @@
+"""harness/stop.py: a signal saves the run and says how to go on; it goes on to the bit; a second one ends it at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from short import TINY, adapter_of, equal, rows_of
+
+from harness import folder
+from harness.stop import Stop, Stopped
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def test_the_first_signal_waits_for_what_must_be_whole():
+    before = signal.getsignal(signal.SIGTERM)
+    done = []
+    with pytest.raises(Stopped) as stopped, Stop() as stop:
+        with stop.after():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("whole")
+        done.append("never")
+    assert done == ["whole"] and stopped.value.code == 143
+    with pytest.raises(Stopped) as stopped, Stop():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("never")
+    assert done == ["whole"] and stopped.value.code == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def begin(csv, out, *more):
+    flags = ["--data", csv, "--text", "text", "--label", "label", *TINY, "--method", "triadapt", "--dropout", "0.2", "--epochs", "60"]
+    flags += ["--interval", "7", "--t0", "3", "--delta", "1", "--save-every", "10", "--eval-every", "25", "--out", str(out), *more]
+    return subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_run_that_is_stopped_goes_on_to_the_bit(csv, tmp_path, number, code):
+    whole = begin(csv, tmp_path / "whole")
+    part = begin(csv, tmp_path / "part")
+    until = time.monotonic() + 120
+    while not os.path.exists(folder.state_path(tmp_path / "part")) and part.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    part.send_signal(number)
+    _, err = part.communicate()
+    assert part.returncode == code, err
+    step = folder.load_state(tmp_path / "part")[2]["step"]
+    assert 0 < step < 120
+    if number != signal.SIGKILL:
+        assert err.endswith(f"keeps the state after step {step}, the same command with --resume goes on from it\n") and err.count("\n") == 1
+    again = begin(csv, tmp_path / "part", "--resume")
+    assert again.wait() == 0 and whole.wait() == 0, again.stderr.read()
+    assert f"resumed after step {step}" in again.stdout.read()
+    assert rows_of(tmp_path / "part") == rows_of(tmp_path / "whole") and len(rows_of(tmp_path / "whole")) == 5
+    assert equal(adapter_of(tmp_path / "part"), adapter_of(tmp_path / "whole"))
+    assert rows_of(tmp_path / "part", "layers.jsonl") == rows_of(tmp_path / "whole", "layers.jsonl")
+    # what a run leaves is the same byte for byte, however often it was stopped
+    paths = [tmp_path / name / "adapter.safetensors" for name in ("part", "whole")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
