@@ -319,7 +319,7 @@ def train_half(module, model, loss, lr, steps=200):
         (loss(model) + extra).backward()
         optimizer.step()
         if hasattr(module, "after_step"):
-            module.after_step(model, optimizer, step, steps)
+            module.after_step(model, optimizer, step, 200)  # growth begins at 50: not in a few steps
     return losses
 
 
