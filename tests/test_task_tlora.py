@@ -1243,6 +1243,10 @@ def test_a_plan_is_checked_whole_before_the_first_layer_is_replaced(wrong, words
     assert "down_proj" in inject(model, TARGETS, plan=plan)
 
 
+def test_an_allocation_of_a_rank_and_a_scaling_says_nothing_else():
+    assert vars(Allocation(3, 2.0)) == {"rank": 3, "scaling": 2.0, "A": None, "score": 0.0, "share": 0.0, "spectrum": ()}
+
+
 def test_the_defaults_are_the_documented_ones():
     """Those of train.py's flags too, which it takes from the signatures."""
     defaults = [
