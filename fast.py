@@ -117,8 +117,9 @@ def cast(dtype, *tensors):
 class Fast:
     """Stands before the class of a layer, and takes over its forward. All else is the layer's own."""
 
-    def forward(self, x):
-        base = self.base
+    def forward(self, input):
+        self.__dict__["called"] = True  # as the methods' own layers say, for their `merge`
+        x, base = input, self.base
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         if hooked or any(p.requires_grad for p in base.parameters()):
             return super().forward(x)  # what is promised here is for a frozen W0 that is called by nobody else
@@ -163,11 +164,19 @@ def speed_up(model):
     """Let every layer with factors() over a plain nn.Linear compute through `LowRank`. Returns {layer: how, in words}."""
     words = {}
     for name, layer in model.named_modules():
-        if hasattr(layer, "factors") and type(getattr(layer, "base", None)) is nn.Linear and not isinstance(layer, Fast):
+        if has_factors(layer) and type(getattr(layer, "base", None)) is nn.Linear and not isinstance(layer, Fast):
             layer.__class__ = fast_class(type(layer))
         if isinstance(layer, Fast):
             words[name] = describe(layer)
     return words
+
+
+def has_factors(layer):
+    """DoRA's layers say in words that their change is not of low rank: they stay as they are."""
+    try:
+        return bool(layer.factors())
+    except (AttributeError, ValueError):
+        return False
 
 
 def slow_down(model):

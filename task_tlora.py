@@ -658,7 +658,7 @@ def at_least_float32(move):
 
     def moved(t):
         new = move(t)
-        wide = torch.promote_types(new.dtype, torch.float32)
+        wide = torch.promote_types(new.dtype, torch.float32) if new.is_floating_point() else new.dtype
         return new if new.dtype == wide else t.to(new.device, wide)
 
     return moved

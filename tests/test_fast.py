@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fast
 import model as modelling
+import tlora
 
 METHODS = {
     "lora": ("baselines.lora", {"rank": 3}),
@@ -31,6 +32,17 @@ BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the largest entry; ot
 
 methods = pytest.mark.parametrize("method", METHODS)
 precisions = pytest.mark.parametrize("dtype", BOUNDS)
+
+
+@pytest.fixture(autouse=True)
+def the_same_zeros(monkeypatch):
+    """TLoRA's own dropout draws other zeros, with the same probability. Here it draws those of fast.py, so that all is equal."""
+
+    def dropout(h, p):
+        bits, scale = fast.draw_bits(h.numel(), p, h.device)
+        return h * fast.mask(bits, h) * scale
+
+    monkeypatch.setattr(tlora, "dropout", dropout)
 
 
 def adapted(method, dtype=torch.float64, shapes=((12, 20, True), (20, 8, False)), **options):

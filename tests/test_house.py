@@ -119,13 +119,13 @@ def functions(tree):
 
 
 def test_functions_fit_on_a_screen_and_take_few_parameters():
-    """Demos and tables of arguments aside; a verb's keyword options are a method's flags, not parameters to carry about."""
+    """Demos, tables of arguments and autograd's own forwards aside; a verb's keyword options are a method's flags, not parameters to carry about."""
     seen = 0
     for path, tree in TREES.items():
         for f in functions(tree):
             seen += 1
             names = [a.arg for a in f.args.posonlyargs + f.args.args if a.arg not in ("self", "cls")]
-            assert len(names) <= 6, f"{path}: {f.name} takes {len(names)} parameters"
+            assert len(names) <= 6 or names[0] == "ctx", f"{path}: {f.name} takes {len(names)} parameters"
             if f.name != "main":
                 assert f.end_lineno - f.lineno < 60, f"{path}: {f.name} has {f.end_lineno - f.lineno + 1} lines"
     assert seen > 200
