@@ -55,7 +55,7 @@ def trained(folder, name, kind="classification"):
         y = logits(m, rows)
         return F.cross_entropy(y, labels[: len(y)]) if kind == "classification" else y.square().mean()
 
-    options = {"rank": 2}
+    options = {"rank": 2, **({"rank_target": 1} if name == "adalora" else {})}
     if name == "task_tlora":
         plan = method.calibrate(model, targets, [slice(0, 1), slice(1, 2)], loss, rank=2)
         options["plan"] = plan
