@@ -408,8 +408,7 @@ def penalty(model):
     """The orthogonality term of the loss, a scalar: orth times Eq. 10 summed over layers, or its mean form.
 
     AdaLoRA's and IncreLoRA's code, where coefficients of 0.1-0.3 come from, takes the mean norm, which is
-    far smaller. On the generated tasks the two do alike, and no penalty does a little better (README), so
-    the default is the equation as printed.
+    far smaller. The default is the equation as printed.
     """
     layers = list(wrapped_layers(model).values())
     growth = layers[0].growth
