@@ -54,19 +54,20 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(d, config.hidden)
         self.down_proj = nn.Linear(config.hidden, d)
 
-    def forward(self, x, cos, sin, mask):
-        x = x + self.drop(self.attention(self.norm1(x), cos, sin, mask))  # (B, T, d)
+    def forward(self, x, cos, sin, mask, keep=None):
+        x = x + self.drop(self.attention(self.norm1(x), cos, sin, mask, keep))  # (B, T, d)
         return x + self.drop(self.down_proj(F.gelu(self.up_proj(self.norm2(x)))))  # (B, T, d)
 
-    def attention(self, x, cos, sin, mask):
+    def attention(self, x, cos, sin, mask, keep):
         split = x.shape[:2] + (self.config.heads, -1)
         q = self.q_proj(x).view(split).transpose(1, 2)  # (B, heads, T, d/heads)
         k = self.k_proj(x).view(split).transpose(1, 2)
         v = self.v_proj(x).view(split).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if keep is not None:  # with those of the tokens before: (B, heads, S, d/heads)
+            k, v = keep(self, k, v)
         # A mask that is given has causality in it already.
-        y = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, mask, is_causal=self.config.causal and mask is None
-        )  # (B, heads, T, d/heads)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.config.causal and mask is None)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, d)
 
     def drop(self, x):
@@ -85,6 +86,33 @@ def rotate(x, cos, sin):
     """Turn each pair (x_i, x_{i + dim/2}) by its angle: then q_s . k_t knows positions by s - t alone."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)  # (B, heads, T, dim)
+
+
+class Cache:
+    """The keys and values of each block for the tokens that a decoder has read, so that the next ones are read alone.
+
+    The first `seen[i]` tokens of row i hold. Rows may stand at different places; what lies behind is written over.
+    """
+
+    def __init__(self, rows, device):
+        self.seen, self.kept = torch.zeros(rows, 1, dtype=torch.int64, device=device), {}
+
+    def places(self, T):
+        """Where T new tokens of every row stand, (B, T)."""
+        return self.seen + torch.arange(T, device=self.seen.device)
+
+    def keep(self, block, k, v):
+        """Put the new k and v (B, heads, T, d/heads) behind those of the block that hold; returns all, (B, heads, S, d/heads)."""
+        rows, places = torch.arange(len(k), device=k.device)[:, None], self.places(k.shape[2])
+        old = self.kept.get(block, (k[:, :, :0], v[:, :, :0]))
+        self.kept[block] = [F.pad(t, (0, 0, 0, int(places.max()) + 1 - t.shape[2])) for t in old]
+        for t, new in zip(self.kept[block], (k, v)):
+            t[rows, :, places] = new.transpose(1, 2)
+        return self.kept[block]
+
+    def only(self, rows):
+        """Forget all rows but those."""
+        self.seen, self.kept = self.seen[rows], {block: [t[rows] for t in both] for block, both in self.kept.items()}
 
 
 class Transformer(nn.Module):
@@ -127,14 +155,15 @@ class Transformer(nn.Module):
                 module.k_proj.weight.copy_(module.q_proj.weight)
                 module.o_proj.weight.copy_(module.v_proj.weight.T * shrink)
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, positions=None):
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, positions=None, cache=None):
         """Logits from ids (B, T) int64; attention_mask (B, T) is 1 at tokens and 0 at padding.
 
         classification (B, C) and regression (B,) read the first token (encoder: padding stands on the
         right) or the last one that is no padding (decoder). span gives (B, T, 2), start and end. lm gives
         (B, T, V), or (N, V) at the N places where `positions` (B, T) is True: worth it when few are labelled.
+        With a `Cache` the ids are those behind what it has seen, without attention_mask.
         """
-        h = self.encode(input_ids, attention_mask, token_type_ids)  # (B, T, d)
+        h = self.encode(input_ids, attention_mask, token_type_ids, cache)  # (B, T, d)
         if self.kind == "lm":
             h = h if positions is None else h[positions]
             return F.linear(h, self.embed.weight)  # (B, T, V) or (N, V)
@@ -150,15 +179,20 @@ class Transformer(nn.Module):
         y = self.head(h)  # (B, C)
         return y.squeeze(1) if self.kind == "regression" else y
 
-    def encode(self, input_ids, attention_mask=None, token_type_ids=None):
+    def encode(self, input_ids, attention_mask=None, token_type_ids=None, cache=None):
         """The last block's output, normalised: (B, T, d)."""
         T = input_ids.shape[1]
         x = self.embed(input_ids)  # (B, T, d)
         x = x + (self.segment.weight[0] if token_type_ids is None else self.segment(token_type_ids))
         x = F.dropout(x, self.config.dropout, self.training)
-        cos, sin = rope_tables(T, self.config.width // self.config.heads, x.dtype, x.device)  # (T, d/heads)
-        mask = None
-        if attention_mask is not None:
+        mask, keep = None, cache and cache.keep
+        places = cache and cache.places(T)  # (B, T)
+        S = T if cache is None else int(places.max()) + 1
+        cos, sin = rope_tables(S, self.config.width // self.config.heads, x.dtype, x.device)  # (S, d/heads)
+        if cache is not None:
+            cos, sin = cos[places][:, None], sin[places][:, None]  # (B, 1, T, d/heads)
+            mask = (torch.arange(S, device=x.device) <= places[..., None])[:, None]  # (B, 1, T, S)
+        elif attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T), True = may be looked at
             if self.config.causal:
                 mask = mask & torch.ones(T, T, dtype=torch.bool, device=x.device).tril()  # (B, 1, T, T)
@@ -166,7 +200,7 @@ class Transformer(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin, mask)
+                x = block(x, cos, sin, mask, keep)
         return self.norm(x)
 
 
@@ -242,31 +276,56 @@ def logits(model, batch, positions=None):
 def generate(model, prompts, max_new, stop_id, drafts=None):
     """Greedy continuations of `prompts` (lists of ids, of any lengths): lists of new ids, without `stop_id`.
 
-    For a causal language model in eval mode. Every step reads the whole text again: slower than a cache of keys and
-    values, but the same code for every model. `drafts`, lists of ids, are guesses at the continuations. They change
-    none, but those they are right about come sooner (Leviathan et al. 2023, arXiv 2211.17192): one forward gives the
-    choice behind each beginning of a draft. Up to the first that differs from it, that one included, the choices are
-    what step by step would give; what the draft has behind that place is the draft of the rest.
+    For a causal language model in eval mode; a Hugging Face model's own `generate` does it for that. `drafts`, lists of
+    ids, are guesses at the continuations. They change none, but those they are right about come sooner (Leviathan et al.
+    2023, arXiv 2211.17192): one forward gives the choice behind each beginning of a draft. Up to the first that differs
+    from it, that one included, the choices are what step by step would give; what the draft has behind that place is the
+    draft of the rest, of which the more is tried the more was right.
     """
+    if not isinstance(model, Transformer):
+        return transformers_generate(model, prompts, max_new, stop_id)
     device = next(model.parameters()).device
     new, drafts = [[] for _ in prompts], [list(draft) for draft in drafts or [[]] * len(prompts)]
+    unread, tried = [list(prompt) for prompt in prompts], [len(draft) for draft in drafts]
     running = list(range(len(prompts) if max_new else 0))
+    cache = Cache(len(running), device)
     while running:
-        texts = [torch.tensor(prompts[i] + new[i] + drafts[i], device=device) for i in running]
-        counts = [len(drafts[i]) + 1 for i in running]
+        guesses = [drafts[i][: tried[i]] for i in running]
+        texts = [torch.tensor(unread[i] + guess, device=device) for i, guess in zip(running, guesses)]
+        counts = torch.tensor([len(guess) + 1 for guess in guesses], device=device)[:, None]
         ends = torch.tensor([[len(text)] for text in texts], device=device)  # (B, 1)
         # Padded on the right, where causality hides it: no mask.
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)  # (B, T)
         places = torch.arange(ids.shape[1], device=device)
-        behind = (places >= ends - torch.tensor(counts, device=device)[:, None]) & (places < ends)  # (B, T), counts per row
-        best = logits(model, {"input_ids": ids}, behind).argmax(-1).split(counts)  # B tensors of ids
-        for i, choice in zip(running, best):
+        behind = (places >= ends - counts) & (places < ends)  # (B, T), counts per row
+        best = model(ids, positions=behind, cache=cache).argmax(-1).split(counts[:, 0].tolist())  # B tensors of ids
+        for row, (i, choice, guess) in enumerate(zip(running, best, guesses)):
             choice = choice.tolist()
-            agree = next((k for k, (a, b) in enumerate(zip(choice, drafts[i])) if a != b), len(drafts[i]))
+            agree = next((k for k, (a, b) in enumerate(zip(choice, guess)) if a != b), len(guess))
+            cache.seen[row] += len(unread[i]) + agree
             new[i] += choice[: agree + 1]
-            drafts[i] = drafts[i][agree + 1 :]
-        running = [i for i in running if stop_id not in new[i] and len(new[i]) < max_new]
-    return [(ids[: ids.index(stop_id)] if stop_id in ids else ids)[:max_new] for ids in new]
+            unread[i], drafts[i], tried[i] = [choice[agree]], drafts[i][agree + 1 :], max(8, 2 * agree)
+        on = [row for row, i in enumerate(running) if stop_id not in new[i] and len(new[i]) < max_new]
+        if len(on) < len(running):
+            running = [running[row] for row in on]
+            cache.only(on)
+    return [cut(ids[:max_new], stop_id) for ids in new]
+
+
+def transformers_generate(model, prompts, max_new, stop_id):
+    """The same by a Hugging Face model's `generate`: greedy whatever its checkpoint's settings, padding on the left."""
+    if not prompts or not max_new:
+        return [[] for _ in prompts]
+    device, width = next(model.parameters()).device, max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    asked = type(model.generation_config)(max_new_tokens=max_new, do_sample=False, eos_token_id=stop_id, pad_token_id=0)
+    found = model.generate(input_ids=ids, attention_mask=mask, generation_config=asked)
+    return [cut(row[width:], stop_id) for row in found.tolist()]
+
+
+def cut(ids, stop_id):
+    return ids[: ids.index(stop_id)] if stop_id in ids else ids
 
 
 def default_targets(model):

@@ -172,13 +172,12 @@ def fine_tune(s, command, stop):
         run.wrap(state[2]["names"])
         run.load(state[0])
     run.model.to(run.device).train()
-    if s.fast:
+    if not s.no_fast:
         for words, n in Counter(speed_up(run.model).values()).items():
             print(f"fast    {n} layers: {words}")
     if s.gradient_checkpointing:
         backbones.set_checkpointing(run.model)
-    groups = run.method.param_groups(run.model, s.lr, s.weight_decay)
-    optimizer = torch.optim.AdamW([{"peak": group["lr"], **group} for group in groups], lr=s.lr, betas=tuple(s.betas))
+    optimizer = torch.optim.AdamW(groups_of(run), lr=s.lr, betas=tuple(s.betas), fused=True)
     with folder.lock(s.out):
         progress = folder.Progress() if state is None else folder.restore(optimizer, *state[1:])
         introduce(run, progress)
@@ -194,6 +193,17 @@ def fine_tune(s, command, stop):
     return progress.history[-1]
 
 
+def groups_of(run):
+    """The method's parameter groups, with the task head's parameters in groups of their own, of --head-lr."""
+    s, groups = run.settings, []
+    heads = {p for name in modelling.head_modules(run.model) for p in run.model.get_submodule(name).parameters()}
+    for group in run.method.param_groups(run.model, s.lr, s.weight_decay):
+        for params, lr in (([p for p in group["params"] if p not in heads], group["lr"]),
+                           ([p for p in group["params"] if p in heads], s.head_lr)):  # fmt: skip
+            groups += [{**group, "params": params, "lr": lr, "peak": lr}] if params else []
+    return groups
+
+
 def introduce(run, progress):
     """What is trained, where and how long, with the reason of every choice."""
     s, (trained, everything) = run.settings, run.count()
@@ -202,7 +212,7 @@ def introduce(run, progress):
     print(f"method  {s.method}, {where}, head {', '.join(heads) or 'not trained'}: "
           f"{trained:,} trained of {everything:,} ({100 * trained / everything:.2f} %)")
     print(f"device  {run.device} ({choose_device(s.device)[1]}), {s.precision}, {torch.get_num_threads()} threads")
-    print(f"steps   {run.total_steps:,} of {s.accumulate} x {s.batch_size} rows, lr {s.lr:g} {s.schedule}, "
+    print(f"steps   {run.total_steps:,} of {s.accumulate} x {s.batch_size} rows, lr {s.lr:g} (head {s.head_lr:g}) {s.schedule}, "
           f"{run.warmup_steps} warm-up" + (f"; resumed after step {progress.step}" if progress.step else ""))
 
 

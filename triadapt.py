@@ -218,13 +218,18 @@ def lower(packed, rank):
 
 
 def orthogonality(A, B):
-    """Eq. 10: ||A A^T - I||_F^2 + ||B^T B - I||_F^2 for A (r, n), B (m, r).
+    """Eq. 10: ||A A^T - I||_F^2 + ||B^T B - I||_F^2 for A (r, n), B (m, r); summed over layers (.., r, n), (.., m, r).
 
     The paper prints A^T A, an (n, n) product of rank r that cannot be I. The (r, r) one is meant, as
     in AdaLoRA, which it cites.
     """
-    eye = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
-    return (A @ A.T - eye).square().sum() + (B.T @ B - eye).square().sum()
+    return sum(error.square().sum() for error in gram_errors(A, B))
+
+
+def gram_errors(A, B):
+    """A A^T - I and B^T B - I, each (.., r, r), for A (.., r, n) and B (.., m, r)."""
+    eye = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
+    return A @ A.mT - eye, B.mT @ B - eye
 
 
 def budget_left(rank_ref, ranks):
@@ -414,11 +419,14 @@ def penalty(model):
     growth = layers[0].growth
     if growth["orth"] == 0:
         return torch.zeros((), device=layers[0].A.device)
+    alike = {}  # layers of one shape are one batch of products
+    for layer in layers:
+        alike.setdefault((layer.A.shape, layer.B.shape), []).append(layer)
+    stacks = [[torch.stack([getattr(layer, x) for layer in group]) for x in "AB"] for group in alike.values()]
     if growth["orth_form"] == "sum":
-        return growth["orth"] * sum(orthogonality(layer.A, layer.B) for layer in layers)
-    grams = [gram for layer in layers for gram in (layer.A @ layer.A.T, layer.B.T @ layer.B)]
-    norms = [torch.linalg.matrix_norm(g - torch.eye(len(g), dtype=g.dtype, device=g.device)) for g in grams]
-    return growth["orth"] * torch.stack(norms).mean()
+        return growth["orth"] * sum(orthogonality(A, B) for A, B in stacks)
+    norms = [torch.linalg.matrix_norm(error) for A, B in stacks for error in gram_errors(A, B)]
+    return growth["orth"] * torch.cat(norms).mean()
 
 
 def after_step(model, optimizer, step, total):

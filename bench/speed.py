@@ -2,7 +2,7 @@
 
     python bench/speed.py                                  # 128, 256 and 768 wide; a quarter of an hour on one core
     python bench/speed.py --write                          # also writes bench/speed-DEVICE.md and .jsonl
-    python bench/speed.py --device cuda --bf16 --shapes 1024x12 --length 256
+    python bench/speed.py --device cuda --bf16 --shapes 1024x12 --length 256 --compile
 
 One step is forward, backward and AdamW on the same Transformer, batch and targets: all six matrices of each block, rank 8
 (TriAdaptLoRA at its full rank). The contestants take turns within one process, and the numbers are ratios within a round:
@@ -184,6 +184,7 @@ def arguments(parser, shapes, rounds):
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every model, PEFT's too")
     parser.add_argument("--only", nargs="+", help="these contestants (the floor and PEFT LoRA always run)")
     parser.add_argument("--write", action="store_true", help="write the files beside this one too")
     args = parser.parse_args()
@@ -193,14 +194,15 @@ def arguments(parser, shapes, rounds):
 
 def facts_of(args, width, depth):
     return {"hardware": hardware(args.device), "torch": torch.__version__, "width": width, "blocks": depth,
-            "batch": args.batch, "length": args.length, "dtype": "bf16 autocast" if args.bf16 else "float32"}  # fmt: skip
+            "batch": args.batch, "length": args.length, "dtype": "bf16 autocast" if args.bf16 else "float32", "compiled": args.compile}  # fmt: skip
 
 
 def report(args, name, how, parts, rows):
     """Print, and with --write keep, what was measured: markdown, and a line of JSON per row."""
-    where, first = os.path.join(ROOT, "bench", f"{name}-{torch.device(args.device).type}"), rows[0]
+    kind = "-".join([name, torch.device(args.device).type] + ["bf16"] * args.bf16 + ["compiled"] * args.compile)
+    where, first = os.path.join(ROOT, "bench", kind), rows[0]
     head = (f"`python {shlex.join(sys.argv)}`: {first['hardware']}, torch {first['torch']}, batch {args.batch} x {args.length}, "
-            f"{first['dtype']}, {how}.\n")  # fmt: skip
+            f"{first['dtype']}{', compiled' * args.compile}, {how}.\n")  # fmt: skip
     text = "\n".join([head, *parts]) + "\n"
     print(text)
     if args.write:
@@ -218,7 +220,10 @@ def main():
         base, ids, labels = problem(width, depth, args)
         made = contestants(base)
         wanted = {"floor", "PEFT LoRA", *(args.only or made)}
-        times = measure({name: c for name, c in made.items() if name in wanted}, ids, labels, args)
+        made = {name: c for name, c in made.items() if name in wanted}
+        for contestant in made.values() if args.compile else ():
+            contestant.model.compile()
+        times = measure(made, ids, labels, args)
         rows += rows_of(times, {**facts_of(args, width, depth), "rounds": args.rounds})
         parts.append(f"Width {width}, {depth} blocks:\n\n{table(rows[-len(times) :])}\n")
         print(parts[-1], flush=True)

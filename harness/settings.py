@@ -20,6 +20,7 @@ from harness.methods import FROM_RUN, METHODS, ONLY_WITH, options, takes_targets
 EPOCHS = 6
 TASK_EPOCHS = {"sst2": 3, "mrpc": 1, "qqp": 1, "stsb": 1, "mnli": 2, "qnli": 2, "rte": 2, "squad": 2, "math": 3}
 FEW = ", ".join(f"{task} {n}" for task, n in TASK_EPOCHS.items())
+HEAD_RATE = 1e-3  # of the task head beside any method: swept once, with LoRA (docs/rates.md)
 RATES, DECAYS = (", ".join(f"{name} {facts[i]:g}" for name, facts in METHODS.items()) for i in (2, 3))
 
 
@@ -85,6 +86,7 @@ class Settings:
     batch_size: int = flag(32, "rows per batch (default 32, as three of the papers)", type=count)
     accumulate: int = flag(1, "batches per optimizer step (default 1)", type=count)
     lr: float | None = flag(None, f"peak learning rate (default: {RATES})", type=number)
+    head_lr: float | None = flag(None, f"peak learning rate of the task head (default {HEAD_RATE:g}; --lr for method head)", type=number)
     schedule: str = flag("linear", "after the warm-up (default linear, as three of the papers)", choices=("linear", "cosine", "constant"))
     # 6 % is RoBERTa's and TLoRA's.
     warmup: float = flag(0.06, "share of the steps with a rising rate (default 0.06)", type=number)
@@ -97,7 +99,7 @@ class Settings:
 
     device: str = flag("auto", "default auto", choices=("auto", "cpu", "cuda", "mps"), group="machine")
     precision: str = flag("auto", "auto: bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16"))
-    fast: bool = flag(False, "compute each adapted layer in one autograd function (fast.py)")
+    no_fast: bool = flag(False, "compute each adapted layer as its method's file says, not in one autograd function (fast.py)")
     compile: bool = flag(False, "torch.compile the model")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory")
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", type=count)
@@ -303,6 +305,8 @@ def check(s):
         s.epochs = EPOCHS if s.data else TASK_EPOCHS.get(s.task, EPOCHS)
     if s.lr is None:
         s.lr = METHODS[s.method][2]
+    if s.head_lr is None:
+        s.head_lr = s.lr if s.method == "head" else HEAD_RATE
     if s.weight_decay is None:
         s.weight_decay = METHODS[s.method][3]
     if s.out is None:

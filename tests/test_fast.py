@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fast
 import model as modelling
 import tlora
+import triadapt
 
 METHODS = {
     "lora": ("baselines.lora", {"rank": 3}),
@@ -32,17 +33,6 @@ BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the largest entry; ot
 
 methods = pytest.mark.parametrize("method", METHODS)
 precisions = pytest.mark.parametrize("dtype", BOUNDS)
-
-
-@pytest.fixture(autouse=True)
-def the_same_zeros(monkeypatch):
-    """TLoRA's own dropout draws other zeros, with the same probability. Here it draws those of fast.py, so that all is equal."""
-
-    def dropout(h, p):
-        bits, scale = fast.draw_bits(h.numel(), p, h.device)
-        return h * fast.mask(bits, h) * scale
-
-    monkeypatch.setattr(tlora, "dropout", dropout)
 
 
 def adapted(method, dtype=torch.float64, shapes=((12, 20, True), (20, 8, False)), **options):
@@ -184,6 +174,16 @@ def test_bits_and_masks_by_hand(monkeypatch):
     monkeypatch.setattr(torch, "randint", lambda *a, **k: torch.tensor([next(words)]))
     assert fast.draw_bits(4, 0.25, "cpu")[0].item() == 0b1100 | 0b1010
     assert fast.draw_bits(4, 0.75, "cpu")[0].item() == 0b1100 & 0b1010
+
+
+def test_tlora_draws_the_same_zeros_by_the_same_code():
+    assert inspect.getsource(tlora.draw_bits) == inspect.getsource(fast.draw_bits)
+    h = torch.randn(5, 13, dtype=torch.float64)
+    torch.manual_seed(3)
+    bits, scale = fast.draw_bits(h.numel(), 0.3, "cpu")
+    torch.manual_seed(3)
+    dropped = tlora.dropout(h, 0.3)
+    assert torch.equal(dropped, h * fast.mask(bits, h) * scale) and 0 < (dropped == 0).sum() < h.numel()
 
 
 def saved(model, x):
@@ -424,6 +424,38 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
         return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("form", ["sum", "mean"])
+def test_triadapts_penalty_is_one_batch_of_products_per_shape_and_the_sum_over_layers(form):
+    shapes = ((12, 20, True), (20, 12, False), (12, 20, True), (20, 12, True), (12, 20, True))
+    model = adapted("triadapt", shapes=shapes, orth=0.3, orth_form=form)
+    model[4].grow(2)  # a rank of its own is a shape of its own
+    layers = [layer for layer in model if hasattr(layer, "grow")]
+    parts = []
+    for layer in layers:
+        for gram in (layer.A @ layer.A.T, layer.B.T @ layer.B):
+            parts.append((gram - torch.eye(len(gram), dtype=gram.dtype)).square().sum())
+    expected = 0.3 * (sum(parts) if form == "sum" else sum(p.sqrt() for p in parts) / len(parts))
+    trained = [p for layer in layers for p in (layer.A, layer.B)]
+    gradients = torch.autograd.grad(expected, trained)
+    with Count() as count:
+        got = triadapt.penalty(model)
+    e = abs((got - expected).item()) / expected.item()
+    print("relative error", e)
+    assert e < 1e-14 and count.products == 2 * 3  # 20 x 12, 12 x 20, and the grown one
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(torch.autograd.grad(got, trained), gradients))
+
+
+def test_tloras_own_dropout_keeps_a_byte_an_entry():
+    h = torch.randn(64, 96, requires_grad=True)
+    kept = [size for size, t in saved(nn.Identity(), h).values()]
+    assert kept == []
+    drop = nn.Module()
+    drop.forward = lambda h: tlora.dropout(h, 0.5)
+    sizes = sorted(size for size, t in saved(drop, h).values())
+    print("bytes kept", sizes)
+    assert sizes == [64 * 96]
 
 
 # ------------------------------------------------------------------- the benches that measure it

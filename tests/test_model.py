@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import model as model_file
 from model import (
+    Cache,
     Config,
     Transformer,
     default_targets,
@@ -397,6 +398,39 @@ def test_span_loss_does_not_depend_on_the_padding():
 
 
 # ------------------------------------------------------------------------------ generate
+
+
+def test_with_a_cache_the_next_tokens_are_read_alone_and_the_logits_are_those_of_the_whole_text():
+    model = build("lm", causal=True)
+    rows = random_rows(6, [9, 7, 8])
+    cache = Cache(3, "cpu")
+    parts = [[2, 5, 1], [4, 1, 3], [3, 1, 4]]  # how many tokens of each row are read at each of three times
+    begun = [0, 0, 0]
+    for part in parts:
+        chunks = [row[at : at + n] for row, at, n in zip(rows, begun, part)]
+        got = model(padded(chunks, pad=0)[0], cache=cache)
+        begun = [at + n for at, n in zip(begun, part)]
+        cache.seen += torch.tensor(part)[:, None]
+        for row, at, n, y in zip(rows, begun, part, got):
+            whole = model(torch.tensor([row[:at]]))[0, -n:]
+            error = (y[:n] - whole).abs().max().item()
+            print("error", error)
+            assert error < 1e-12 and (n == 1 or not torch.equal(whole[0], whole[1]))
+    cache.only([2, 0])
+    got = model(torch.tensor([[7], [8]]), cache=cache)[:, -1]
+    for y, ids in zip(got, ([*rows[2][: begun[2]], 7], [*rows[0][: begun[0]], 8])):
+        torch.testing.assert_close(y, model(torch.tensor([ids]))[0, -1], rtol=0, atol=1e-12)
+
+
+def test_a_prompt_is_read_once_and_a_wrong_draft_costs_few_tokens():
+    model = build("lm", causal=True)
+    prompts, read = random_rows(6, [5, 1, 8, 3]), []
+    model.embed.register_forward_hook(lambda _, args, out: read.append(args[0].shape[1]))
+    plain = generate(model, prompts, max_new=30, stop_id=-1)
+    assert read == [8] + [1] * 29
+    read.clear()
+    assert generate(model, prompts, 30, -1, drafts=[[49] * 29] * 4) == plain and 49 not in sum(plain, [])
+    assert read == [8 + 29] + [1 + 8] * 20 + [1 + n for n in range(8, -1, -1)]
 
 
 def test_generate_is_the_argmax_loop():

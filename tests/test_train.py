@@ -101,7 +101,7 @@ def test_wrong_files_end_in_one_line_with_file_and_line(tmp_path, capsys, text, 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_its_folder_and_learns(csv, tmp_path, capsys, method):
     out = tmp_path / "run"
-    code, rows = go(csv, out, "--method", method, "--epochs", "12", "--lr", "0.02")
+    code, rows = go(csv, out, "--method", method, "--epochs", "12", "--lr", 0.003 if method == "lora_plus" else 0.02, "--head-lr", "0.02")
     assert code == 0 and len(rows) == 12
     made = {"config.json", "metrics.jsonl", "layers.jsonl", "adapter.safetensors"}
     assert set(os.listdir(out)) == made | ({"plan.json"} if hasattr(methods.module(method), "calibrate") else set())
@@ -119,6 +119,23 @@ def test_a_run_leaves_its_folder_and_learns(csv, tmp_path, capsys, method):
     state = adapter_of(out)
     assert rows[-1]["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert equal(state, model.state_dict()), "of a model from scratch all is kept"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_task_head_has_a_rate_of_its_own_and_every_trained_number_one(csv, tmp_path, monkeypatch, method):
+    groups, find = [], train.groups_of
+    monkeypatch.setattr(train, "groups_of", lambda run: groups.append((run, find(run))) or groups[-1][1])
+    assert go(csv, tmp_path / "run", "--method", method, "--epochs", "1", "--lr", "0.5")[0] == 0
+    run, found = groups[0]
+    rates = {id(p): group["peak"] for group in found for p in group["params"]}
+    assert sum(len(group["params"]) for group in found) == len(rates)
+    for name, p in run.model.named_parameters():
+        if name.startswith("head."):
+            assert rates[id(p)] == (0.5 if method == "head" else 1e-3)
+        elif p.requires_grad:
+            assert rates[id(p)] >= 0.5, name
+    go(csv, tmp_path / "other", "--method", method, "--epochs", "1", "--head-lr", "0.25")
+    assert {group["peak"] for group in groups[1][1] if any(p.shape[:1] == (2,) for p in group["params"])} >= {0.25}
 
 
 @pytest.mark.parametrize("method", ["triadapt", "tlora", "task_tlora"])
@@ -156,7 +173,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(csv, tmp_path, capsys, monkey
     assert go(csv, tmp_path / "part", *more)[0] == 2, "an unfinished run is not overwritten by accident"
     assert "holds a run that was stopped: --resume goes on, --overwrite starts anew" in capsys.readouterr().err
     assert go(csv, tmp_path / "part", *more, "--resume", "--lr", "0.5")[0] == 2
-    assert "holds another run (lr" in capsys.readouterr().err
+    assert f"holds another run ({'head_' * (method == 'head')}lr" in capsys.readouterr().err
     code, resumed = go(csv, tmp_path / "part", *more, "--resume")
     assert code == 0 and resumed == whole
     assert equal(adapter_of(tmp_path / "part"), adapter_of(tmp_path / "whole"))

@@ -1,0 +1,337 @@
+"""Many training runs, each kept as a row: the instrument behind docs/rates.md and docs/claims.md.
+
+    python bench/sweep.py head --jobs 2                 # the task head's own rate, with LoRA: once, for all methods
+    python bench/sweep.py rates --minutes 50            # the best rate of each method on each task; go on another day
+    python bench/sweep.py rates --methods lora tlora --tasks cola sst2
+    python bench/sweep.py compare --methods lora tlora  # at the chosen rates, fresh seeds, the test split
+    python bench/sweep.py encoder --backbone DIR --data GLUE   # rates on a real encoder, with real files
+    python bench/sweep.py pages                         # docs/rates.md, from the rows alone
+
+A row is one `python train.py` with the flags that stand in it: the scores after the last epoch, the curve, seconds, the
+hardware, and a fingerprint of all that the numbers depend on. What is kept in bench/sweep.jsonl is not run again; rows
+of another fingerprint are left where they are and do not count. Several of these commands may run at once, on one
+machine or on many: `--rows FILE` writes elsewhere, and joining the files joins the rows.
+"""
+
+import argparse
+import ast
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run, many runs at a time
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import train  # noqa: E402
+from harness.methods import METHODS  # noqa: E402
+from harness.run import Run, base_of  # noqa: E402
+from harness.settings import parse  # noqa: E402
+
+ROWS = os.path.join(ROOT, "bench", "sweep.jsonl")
+TASKS = ["cola", "sst2", "qnli", "squad", "math"]  # where methods and ranks differ
+FRESH = range(8)  # seeds to compare with, on which nothing was chosen
+HEAD = [-14, -12, -10, -8, -6]  # the head's rates that are tried, in quarter decades
+PAGE = os.path.join(ROOT, "docs", "rates.md")
+
+
+def rate(k):
+    """The k-th quarter decade, to three digits: 10^(k/4)."""
+    return float(f"{10 ** (k / 4):.3g}")
+
+
+def start(method):
+    """The half decade next to the method's default rate."""
+    return 2 * round(2 * math.log10(METHODS[method][2]))
+
+
+# ----------------------------------------------------------------------- which runs are asked for
+
+
+# study: seeds of the half decades, of the quarter decades and of the rate that was chosen
+SEEDS = {"rates": ((100, 101), (100, 101, 102), ()), "encoder": ((100,), (), range(5))}
+
+
+def asked(scores, first, study="rates", lowest=-24, highest=0):
+    """What the rule of docs/rates.md asks for next, [(k, seed)], empty when the choice is made.
+
+    `scores` {(k, seed): score} of one method on one task. Half decades around `first` until the best is inside, then
+    the quarter decades beside the best until the best is inside, then the best on more seeds; each where it has seeds.
+    """
+    halves, quarters, chosen = SEEDS[study]
+    ks, step, seeds = [first, first - 2, first + 2], 2, halves
+    while True:
+        if lacking := [(k, seed) for k in ks for seed in seeds if (k, seed) not in scores]:
+            return lacking
+        best = max(ks, key=lambda k: statistics.mean(scores[k, seed] for seed in seeds))
+        beside = [k for k in (best - step, best + step) if k not in ks and lowest <= k <= highest]
+        if beside:
+            ks += beside
+        elif step == 2 and quarters:
+            ks, step, seeds = [best, best - 1, best + 1], 1, quarters
+        else:
+            return [(best, seed) for seed in chosen if (best, seed) not in scores]
+
+
+def best(scores):
+    """(k, mean, seeds) of the best rate: of those with the most seeds, and the middle one of the best if several are level."""
+    seeds = {k: [score for (other, _), score in scores.items() if other == k] for k, _ in scores}
+    most = max(map(len, seeds.values()))
+    means = {k: statistics.mean(found) for k, found in seeds.items() if len(found) == most}
+    level = sorted(k for k, mean in means.items() if mean == max(means.values()))
+    return level[len(level) // 2], max(means.values()), most
+
+
+def headline(task):
+    return data.TASKS[task].metrics[0]
+
+
+def score(row):
+    """The row's headline metric on the development split, in points of 100; a run that ended in NaN has 0."""
+    return 0.0 if row["dev"] is None else 100 * row["dev"][headline(row["task"])]
+
+
+def table(rows, study):
+    """{(method, task): {(k, seed): score}}"""
+    found = {}
+    for row in rows:
+        if row["study"] == study:
+            found.setdefault((row["method"], row["task"]), {})[row["k"], row["seed"]] = score(row)
+    return found
+
+
+def plan(rows, args):
+    """Runs that are asked for now, the most urgent first: dicts with study, method, task, k, seed and flags."""
+    study = args.study
+    found, runs = table(rows, study), []
+    for i, method in enumerate(args.methods):
+        for task in args.tasks:
+            if method == "head" and data.TASKS[task].kind == "lm":
+                continue
+            have = found.get((method, task), {})
+            if study == "head":
+                wanted = [(k, seed) for k in HEAD for seed in SEEDS["rates"][0] if (k, seed) not in have]
+            elif study == "compare":
+                wanted = [(None, seed) for seed in FRESH if (None, seed) not in have]
+            else:
+                wanted = asked(have, start(method) - 2 * (study == "encoder"), study)
+            for k, seed in wanted:
+                flags = [] if k is None else ["--head-lr" if study == "head" else "--lr", f"{rate(k):g}"]
+                run = {"study": study, "method": method, "task": task, "k": k, "seed": seed, "flags": flags + args.flags}
+                runs.append((len(have) >= 6, seed, i, run))
+    return [run for *_, run in sorted(runs, key=lambda entry: entry[:3])]
+
+
+# ----------------------------------------------------------------------------------- the runs
+
+
+def code(path):
+    """A file's program without comments, docstrings and layout."""
+    with open(os.path.join(ROOT, path), encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    for node in ast.walk(tree):
+        first = getattr(node, "body", [None])
+        if isinstance(first, list) and first and isinstance(first[0], ast.Expr) and isinstance(first[0].value, ast.Constant):
+            first[0].value.value = ""
+    return ast.dump(tree)
+
+
+@functools.cache
+def digest(*paths):
+    found = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            found.update(f.read())
+    return found.hexdigest()
+
+
+@functools.cache
+def rows_of(task):
+    return hashlib.sha256(repr([data.load(task, split=split) for split in ("train", "dev", "test")]).encode()).hexdigest()
+
+
+def fingerprint(run):
+    """What the run's numbers depend on: base, tokenizer, rows, the model's, the method's and the fast path's code, settings."""
+    s = parse(["--method", run["method"], "--task", run["task"], *run["flags"]])
+    method = METHODS[s.method][0].replace(".", "/") + ".py"
+    files = ["model.py", "fast.py", method] + ["baselines/lora.py"] * method.startswith("baselines/")
+    left_out = ("seed", "out", "base", "data", "backbone", "threads", "device", "no_figures", "eval_every", "save_every")
+    settings = {key: value for key, value in vars(s).items() if value not in (None, False) and key not in left_out}
+    own = [] if run["study"] == "encoder" else [digest(base_of(s), os.path.join(ROOT, "assets", "tokenizer.json")), rows_of(s.task)]
+    parts = [*own, *map(code, files), json.dumps(settings, sort_keys=True)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def carry_out(run, places=()):
+    """Train as the run says, in this process; returns its row. `places`, flags that name folders, are not kept in it."""
+    torch.set_num_threads(1)
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
+        out = os.path.join(folder, "run")
+        argv = ["--method", run["method"], "--task", run["task"], "--seed", str(run["seed"]), "--out", out, "--no-figures"]
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            ended = train.main([*argv, *run["flags"], *places])
+        curve, test = [], None
+        if ended == 0:
+            with open(os.path.join(out, "metrics.jsonl")) as f:
+                curve = [json.loads(line) for line in f]
+            if run["study"] == "compare":
+                opened = Run.open(out)
+                test = opened_score(opened, data.load(run["task"], split="test"))
+        elif ended != 1:  # 1: a loss that is no number, which is a result
+            raise RuntimeError(f"{argv + run['flags']} ended with {ended}")
+    kept = ("step", "trained", "rank_total", "tokens_per_s")
+    scores = [{key: round(value, 5) for key, value in row.items() if key not in kept} for row in curve]
+    last = curve[-1] if curve else {}
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() and "cpu" not in run["flags"] else cpu()
+    return {**run, "fingerprint": fingerprint(run), "trained": last.get("trained"), "dev": scores[-1] if scores else None,
+            "test": test, "curve": scores, "seconds": round(time.perf_counter() - begun, 1), "hardware": hardware,
+            "torch": torch.__version__}  # fmt: skip
+
+
+def opened_score(run, examples):
+    from harness import metrics
+
+    return metrics.score(run.task, examples, run.predict(examples)["answers"])
+
+
+@functools.cache
+def cpu():
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def prepare():
+    """In a worker: rows are generated and read once, not once a run."""
+    data.load = functools.cache(data.load)
+    torch.set_num_threads(1)
+
+
+def read(path):
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+def key(run):
+    return run["study"], run["method"], run["task"], run["k"], run["seed"], *run["flags"]
+
+
+@functools.cache
+def fingerprint_of(*parts):
+    study, method, task, _, _, *flags = parts
+    return fingerprint({"study": study, "method": method, "task": task, "flags": flags})
+
+
+def valid(rows):
+    """The rows of today's code."""
+    return [row for row in rows if row["fingerprint"] == fingerprint_of(row["study"], row["method"], row["task"], None, None, *row["flags"])]
+
+
+def work(args):
+    """Keep `jobs` runs going until nothing is asked for or the time is up; each is written down as it ends."""
+    rows = valid([row for path in {ROWS, args.rows} for row in read(path)])
+    deadline = time.monotonic() + 60 * args.minutes
+    running = {}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, context, prepare) as pool, open(args.rows, "a") as file:
+        while True:
+            busy = set(map(key, running.values()))
+            for run in plan(rows, args) if time.monotonic() < deadline else []:
+                if len(running) < args.jobs and key(run) not in busy:
+                    busy.add(key(run))
+                    running[pool.submit(carry_out, run, args.places(run["task"]))] = run
+            if not running:
+                return
+            for done in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                del running[done]
+                row = done.result()
+                rows.append(row)
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                print(f"{row['study']:8s} {row['method']:11s} {row['task']:6s} {' '.join(row['flags'][:2]):18s} seed {row['seed']:3d}  "
+                      f"{score(row):6.2f}  {row['seconds']} s", flush=True)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- the pages
+
+
+def cells(scores):
+    """One method on one task: the best rate, its mean and spread, the neighbours', and whether it is inside."""
+    k, mean, seeds = best(scores)
+    found = [value for (other, _), value in scores.items() if other == k]
+    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    tried = sorted({other for other, _ in scores})
+    edge = "" if min(tried) < k < max(tried) else " (edge)"
+    return f"{mean:.1f}{spread} at {rate(k):g}{edge}"
+
+
+def page(rows):
+    """docs/rates.md."""
+    found, lines = table(rows, "rates"), []
+    methods = [m for m in METHODS if any(method == m for method, _ in found)]
+    tasks = [t for t in TASKS if any(task == t for _, task in found)]
+    lines += ["| method | " + " | ".join(f"{task} ({headline(task)})" for task in tasks) + " | default |"]
+    lines += ["|---|" + "--:|" * (len(tasks) + 1)]
+    for method in methods:
+        mine = [cells(found[method, task]) if (method, task) in found else "–" for task in tasks]
+        lines.append(f"| {method} | " + " | ".join(mine) + f" | {METHODS[method][2]:g} |")
+    return "\n".join(lines)
+
+
+def pages(_):
+    text = f"""# Learning rates, method by method
+
+Made by `python bench/sweep.py pages` from the rows of `bench/sweep.jsonl`, made by `python bench/sweep.py rates`. Mean ± standard
+deviation of the development metric after the last epoch, in points of 100, at the best rate. Half decades on seeds 100 and
+101 until the best is inside the grid, then quarter decades beside it on seeds 100 to 102. Where a method
+has two seeds only, the quarter decades are still to come; "(edge)": the best is the last that was tried.
+
+{page(valid(read(ROWS)))}
+"""
+    with open(PAGE, "w") as f:
+        f.write(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("head", "rates", "compare", "encoder", "pages"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all (head: lora)")
+    parser.add_argument("--tasks", nargs="+", choices=[name for name in data.GENERATED if not data.TASKS[name].pretraining])
+    parser.add_argument("--backbone", help="encoder: a Hugging Face checkpoint")
+    parser.add_argument("--data", help="encoder: a folder with GLUE's folders CoLA, SST-2, ...")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: more flags for train.py")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
+    parser.add_argument("--rows", default=ROWS, help="where new rows are written (default bench/sweep.jsonl)")
+    args = parser.parse_args()
+    if args.study == "pages":
+        return pages(args)
+    args.methods = args.methods or (["lora"] if args.study == "head" else list(METHODS))
+    args.tasks = args.tasks or (["cola", "sst2"] if args.study == "encoder" else TASKS)
+    folders = {"cola": "CoLA", "sst2": "SST-2", "rte": "RTE", "mrpc": "MRPC", "stsb": "STS-B"}
+
+    def places(task):
+        return ["--backbone", args.backbone, "--data", os.path.join(args.data, folders[task])] if args.study == "encoder" else []
+
+    args.places = places
+    work(args)
+
+
+if __name__ == "__main__":
+    main()
