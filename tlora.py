@@ -87,7 +87,9 @@ class TLoRALinear(nn.Module):
 
 
 def dropout(h, p):
-    """Zeros with probability p, h / (1 - p) else. It draws a bit an entry where torch's dropout draws a float."""
+    """Zeros with probability p, h / (1 - p) else. On CPUs it draws a bit an entry where torch's dropout draws a float."""
+    if h.device.type != "cpu":
+        return F.dropout(h, p)
     bits, scale = draw_bits(h.numel(), p, h.device)
     places = torch.arange(8, dtype=torch.uint8, device=h.device)[:, None]
     # First the lowest bit of every byte, then the next: so the shifts run over whole rows.
@@ -390,7 +392,6 @@ def place_saved(model, path, layers, tensors, trained):
         found, right = (tuple(side[key].shape) if key in side else "missing" for side in (tensors, have))
         if found != right:
             raise ValueError(f"{path} does not fit: {key} is {found} in the file, {right} in the model")
-    model.requires_grad_(False)
     for name, layer in layers.items():
         replace(model, name, layer)
     model.load_state_dict(tensors, strict=False)

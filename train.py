@@ -172,7 +172,7 @@ def fine_tune(s, command, stop):
         run.wrap(state[2]["names"])
         run.load(state[0])
     run.model.to(run.device).train()
-    if not s.no_fast:
+    if s.fast or (s.fast is None and run.device.type == "cpu"):
         for words, n in Counter(speed_up(run.model).values()).items():
             print(f"fast    {n} layers: {words}")
     if s.gradient_checkpointing:

@@ -689,7 +689,6 @@ def place_saved(model, path, layers, tensors, trained):
         found, right = (tuple(side[key].shape) if key in side else "missing" for side in (tensors, have))
         if found != right:
             raise ValueError(f"{path} does not fit: {key} is {found} in the file, {right} in the model")
-    model.requires_grad_(False)
     for name, layer in layers.items():
         replace(model, name, layer)
     model.load_state_dict(tensors, strict=False)

@@ -416,7 +416,7 @@ def verdict(code, tree):
     if code in (0, 5):
         return "survived", "all tests pass"
     if code == 1:
-        return "killed", json.loads(read(f"{tree}.json"))["failed"][0]
+        return "killed", (json.loads(read(f"{tree}.json"))["failed"] or ["an error beside the tests"])[0]
     if code == 2:
         return "killed", "the tests cannot be collected"
     if code < 0:

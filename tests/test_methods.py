@@ -707,6 +707,7 @@ def test_an_adapter_is_saved_and_loaded_to_the_bit(method, installed, tmp_path, 
     assert state.keys() == other.keys() and all(torch.equal(t, other[key]) for key, t in state.items())
     flags = {name: p.requires_grad for name, p in case.model.named_parameters()}
     assert {name: p.requires_grad for name, p in fresh.model.named_parameters()} == flags and flags["head.weight"]
+    assert not any(m.training for m in theirs.values())  # as the layers were whose place they took
     rates = [[g["lr"] for g in module.param_groups(c.model, 0.1, 0.0)] for c in (case, fresh)]
     assert rates[0] == rates[1]  # TLoRA+'s ratio is known again
     for c in (case, fresh):  # and it trains on, the same way
@@ -717,6 +718,42 @@ def test_an_adapter_is_saved_and_loaded_to_the_bit(method, installed, tmp_path, 
     assert not torch.equal(case.model(case.inputs), expected)
     module.merge(case.model), module.merge(fresh.model)
     assert torch.equal(case.model(case.inputs), fresh.model(case.inputs))
+
+
+@methods
+@pytest.mark.parametrize("installed", [True, False])
+def test_tensors_are_written_apart_from_their_memory_and_their_graph(method, installed, tmp_path, monkeypatch):
+    module, path = importlib.import_module(method), tmp_path / "file"
+    if not installed:
+        monkeypatch.setitem(sys.modules, "safetensors", None)
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    large = torch.randn(1000, 1000, requires_grad=True)
+    parts = {"a": large[:2], "b": large[1:3], "c": large[:3, :3].T, "d": large[:1] * 2}
+    module.write_adapter(path, parts, {"method": "m", "layers": {}, "trained": []})
+    assert path.stat().st_size < 50_000  # 24 kB of numbers, not the 4 MB that they are a view of
+    tensors, _ = module.read_adapter(path, "m")
+    assert tensors.keys() == parts.keys() and all(torch.equal(t, parts[key]) for key, t in tensors.items())
+    assert all(t.is_contiguous() and not t.requires_grad for t in tensors.values())
+
+
+@methods
+def test_a_narrower_cast_of_a_float64_model_leaves_the_update_in_float32(method):
+    model = nn.Sequential(nn.Linear(6, 6)).double()
+    inject_only(method, model, ["0"], rank=2)
+    assert {p.dtype for name, p in model[0].named_parameters() if not name.startswith("base.")} == {torch.float64}
+    model.half()
+    assert model[0].base.weight.dtype == torch.float16
+    assert {p.dtype for name, p in model[0].named_parameters() if not name.startswith("base.")} == {torch.float32}
+
+
+@methods
+def test_a_layer_without_numbers_among_others_is_not_filled(method, tmp_path):
+    module, model = importlib.import_module(method), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    inject_only(method, model, ["0", "1"], rank=2)
+    module.save(model, tmp_path / "file")
+    fresh = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6, device="meta"))
+    with pytest.raises(ValueError, match="the model is on the meta device"):
+        module.load(fresh, tmp_path / "file")
 
 
 @methods

@@ -38,6 +38,38 @@ def test_class_and_score_predictions_are_the_largest_logit_and_the_value():
         metrics.predictions(TASKS["math"], [None], logits)
 
 
+def test_probabilities_are_those_of_the_logits_in_float32():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    want = np.exp(logits.double().numpy())
+    want /= want.sum(1, keepdims=True)
+    for given in (logits, logits.bfloat16()):
+        p = metrics.predictions(TASKS["mnli"], [None, None], given)[1]
+        error = np.abs(np.array(p) - want).max()
+        print("error", error)
+        assert error < 1e-7
+
+
+def test_a_spans_probability_and_when_there_is_no_answer():
+    example = Example("0", ("who", "ab cd"), ())
+    row = {"offsets": [None, None, (0, 2), (3, 5), None]}
+    starts, ends = [1.0, 0.5, 0.0, 4.0, 0.25], [0.0, 2.0, 5.0, 1.5, 0.75]
+    for first, offsets, answer, span in [
+        ((1.0, 0.0), row["offsets"], "cd", (3, 3)),  # 4 + 1.5 beats 1 + 0
+        ((3.0, 2.75), row["offsets"], "", (0, 0)),  # 3 + 2.75 beats it, its half would not
+        ((3.0, 2.5), row["offsets"], "", (0, 0)),  # level
+        ((-9.0, -9.0), [None] * 5, "", (0, 0)),  # no token of the context
+    ]:
+        logits = torch.tensor([[first[0], *starts[1:]], [first[1], *ends[1:]]]).T[None]  # (1, 5, 2)
+        answers, p = metrics.predictions(TASKS["squad"], [({"offsets": offsets}, example)], logits)
+        e = np.exp(logits[0].double().numpy())
+        e /= e.sum(0)
+        assert answers == [answer] and abs(p[0] - e[span[0], 0] * e[span[1], 1]) < 1e-7, (answers, p)
+
+
+def test_an_answer_has_30_tokens_at_most_as_in_berts_code():
+    assert metrics.MAX_ANSWER == 30
+
+
 def test_span_labels_point_at_the_answer_and_predictions_give_its_text_back(tokenizer):
     rng, cut, found = random.Random(4), 0, 0
     for _ in range(200):
@@ -119,6 +151,24 @@ def test_metrics_have_hand_computed_values():
     assert metrics.pearson([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8, abs=1e-15)
     assert metrics.spearman([1, 2, 3, 4], [10, 1000, 100, 1e9]) == pytest.approx(0.8, abs=1e-15)
     assert metrics.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5), abs=1e-15)
+
+
+def test_correlations_of_negative_numbers_of_float32_and_of_a_line_without_overshooting():
+    assert metrics.pearson([-3.0, -2.0, -1.0], [1.0, 2.0, 3.0]) == pytest.approx(1.0, abs=1e-15)
+    assert metrics.pearson([1.0, 2.0, 3.0], [-3.0, -2.0, -1.0]) == pytest.approx(1.0, abs=1e-15)
+    rng = np.random.default_rng(0)
+    x, y = rng.random((2, 50)).astype(np.float32)
+    error = abs(metrics.pearson(x, y) - np.corrcoef(x.astype(np.float64), y.astype(np.float64))[0, 1])
+    print("error", error)
+    assert error < 1e-14
+    beyond = set()
+    for _ in range(300):
+        x = rng.random(7)
+        for sign in (1, -1):
+            a, b = x - x.mean(), sign * (x / 3 - (x / 3).mean())
+            beyond.add(bool(abs(a @ b / math.sqrt((a @ a) * (b @ b))) > 1))
+            assert abs(metrics.pearson(x, sign * x / 3)) <= 1
+    assert beyond == {True, False}  # rounding alone would give more than 1 now and then
 
 
 def test_degenerate_metrics_are_zero_and_never_nan():
@@ -227,6 +277,14 @@ def test_math_is_scored_by_the_number_after_the_marks():
     ]:  # fmt: skip
         assert metrics.score(TASKS["math"], [Example("0", ("q",), gold)], [answer]) == {"em": right}
     assert metrics.final_number("#### -3.5") == "-3.5" and metrics.final_number("none") is None
+
+
+def test_math_and_macro_f1_are_means_over_rows_and_classes():
+    rows = [Example(str(i), ("q",), f"so #### {i}") for i in range(4)]
+    assert metrics.score(TASKS["math"], rows, ["#### 0", "#### 7", "no", "#### 3"]) == {"em": 0.5}
+    task = data.Task("own", "classification", ("a", "b"), ("macro_f1",))
+    rows = [Example(str(i), ("q",), label) for i, label in enumerate([0, 0, 1, 1])]
+    assert metrics.score(task, rows, [0, 0, 1, 0]) == {"macro_f1": pytest.approx((4 / 5 + 2 / 3) / 2)}
 
 
 def test_score_gives_the_tasks_metrics_headline_first_and_refuses_what_it_cannot_score():

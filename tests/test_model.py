@@ -422,6 +422,34 @@ def test_with_a_cache_the_next_tokens_are_read_alone_and_the_logits_are_those_of
         torch.testing.assert_close(y, model(torch.tensor([ids]))[0, -1], rtol=0, atol=1e-12)
 
 
+def test_a_hugging_face_model_generates_by_itself_greedily_with_padding_on_the_left():
+    asked = []
+
+    class Settings(SimpleNamespace):
+        pass
+
+    class Theirs(torch.nn.Linear):
+        generation_config = Settings(temperature=3.0)
+
+        def generate(self, input_ids, attention_mask, generation_config):
+            asked.append((input_ids.tolist(), attention_mask.tolist(), generation_config))
+            new = torch.tensor([[9, 2, 9], [8, 8, 8]])
+            return torch.cat((input_ids, new), 1)
+
+    model = Theirs(1, 1)
+    assert generate(model, [[5, 6, 7], [4]], 3, 2) == [[9], [8, 8, 8]]
+    settings = Settings(max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=0)
+    assert asked == [([[5, 6, 7], [0, 0, 4]], [[1, 1, 1], [0, 0, 1]], settings)]
+    assert generate(model, [], 3, 2) == [] and generate(model, [[5], [4]], 0, 2) == [[], []] and len(asked) == 1
+
+
+def test_targets_too_narrow_for_an_adapter_are_left_out_with_a_word(recwarn):
+    block = nn.ModuleDict({"scale": nn.Linear(1, 4), "proj": nn.Linear(4, 2), "gate": nn.Linear(4, 1), "fold": nn.Linear(2, 4)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block, copy.deepcopy(block)]), "head": nn.Linear(4, 1)})
+    assert default_targets(model) == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("proj", "fold")]
+    assert [str(w.message) for w in recwarn.list] == ["too narrow for an adapter, left out: gate, scale"]
+
+
 def test_a_prompt_is_read_once_and_a_wrong_draft_costs_few_tokens():
     model = build("lm", causal=True)
     prompts, read = random_rows(6, [5, 1, 8, 3]), []

@@ -1030,7 +1030,7 @@ def test_a_run_that_could_not_grow_is_said_at_once():
     short = {"t0": 60, "interval": 40}
     with pytest.warns(UserWarning, match=r"no layer will grow: .* t0 \+ interval = 100, the run ends at 100") as seen:
         assert first(**short) is None
-    assert seen[0].filename == __file__, "the warning points at the caller's line"
+    assert seen[0].filename.endswith("test_triadapt.py"), "the warning points at the caller's line"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert first(total=101, **short) is None  # grows at 100
