@@ -44,41 +44,61 @@ def train(run, optimizer, progress, stop):
     saver = folder.Saver(run, progress, optimizer)
     tokens, clock = 0, time.perf_counter()
     evaluated(run, progress, saver, stop, None)  # a run that was stopped while it evaluated goes on there
-    for batches, bar in steps(run, progress.step):
+    unread, looked = [], clock
+    for batches, labelled, length, bar in steps(run, progress.step):
         with stop.after():  # no signal leaves half a step
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate(progress.step, run.total_steps, run.warmup_steps, s.schedule)
             optimizer.zero_grad(set_to_none=True)
-            loss = backward(run, batches)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"loss {loss} at step {progress.step + 1}")
+            loss = backward(run, batches, labelled)
             if hasattr(method, "penalty") and (penalty := method.penalty(run.model)).requires_grad:
                 penalty.backward()
             params = [p for group in optimizer.param_groups for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(params, s.clip or math.inf)
-            if not norm.isfinite():
-                raise FloatingPointError(f"gradient of norm {norm} at step {progress.step + 1}{culprit(run.model)}")
+            unread.append((progress.step + 1, torch.stack((loss, norm.to(loss)))))
+            if run.device.type == "cpu" or time.perf_counter() > looked + 0.3:
+                read(run, progress, unread, bar)
+                looked = time.perf_counter()
             if hasattr(method, "before_step"):
                 method.before_step(run.model, progress.step + 1, run.total_steps)
             optimizer.step()
             progress.step += 1
-            progress.losses.append(loss)
             if hasattr(method, "after_step"):
                 event = method.after_step(run.model, optimizer, progress.step, run.total_steps)
                 if event:
                     progress.layers.append({"step": progress.step, "event": event})
-            if saver.due():
+            if (save := saver.due()) or due(run, progress.step):
+                read(run, progress, unread, bar)  # what is no number is not kept
+            if save:
                 saver.save()
-        tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
-        bar.set_postfix(loss=f"{loss:.3f}")
+        tokens += length
         if evaluated(run, progress, saver, stop, tokens / (time.perf_counter() - clock)):
             tokens, clock = 0, time.perf_counter()
 
 
+def read(run, progress, unread, bar):
+    """Keep the losses of the steps since the last reading. FloatingPointError at a NaN or an infinity, which names the step.
+
+    On a GPU reading waits for everything it was asked to do, so it is done at the progress bar's pace.
+    """
+    for step, (loss, norm) in [(step, numbers.tolist()) for step, numbers in unread]:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss {loss} at step {step}")
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient of norm {norm} at step {step}{culprit(run.model) if step == unread[-1][0] else ''}")
+        progress.losses.append(loss)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    unread.clear()
+
+
+def due(run, step):
+    """Whether an evaluation follows the step."""
+    return step % (run.settings.eval_every or run.steps_per_epoch) == 0 or step == run.total_steps
+
+
 def evaluated(run, progress, saver, stop, speed):
     """Evaluate if it is time to, keep the row and save; whether it was."""
-    every = run.settings.eval_every or run.steps_per_epoch
-    if not progress.losses or (progress.step % every and progress.step < run.total_steps):
+    if not progress.losses or not due(run, progress.step):
         return False
     try:
         row = {"step": progress.step, "epoch": progress.step / run.steps_per_epoch,
@@ -108,7 +128,8 @@ def culprit(model):
 
 
 def steps(run, done):
-    """(batches of one optimizer step, progress bar of the epoch), in the seeded order of each epoch, after `done` steps."""
+    """(batches of one optimizer step on the device, labels in each, tokens in all, progress bar), in the seeded order of each
+    epoch, after `done` steps. What stands in a batch is counted before a GPU has it: to ask it would be to wait for it."""
     s, per_epoch = run.settings, run.steps_per_epoch
     for epoch in range(done // per_epoch, math.ceil(run.total_steps / per_epoch)):
         first, last = max(done - epoch * per_epoch, 0), min(per_epoch, run.total_steps - epoch * per_epoch)
@@ -117,17 +138,17 @@ def steps(run, done):
         groups = itertools.islice(grouped(batches, s.accumulate), first, last)
         bar = tqdm(groups, f"epoch {epoch + 1}", last, initial=first, leave=False, disable=None)
         for group in bar:
-            yield [to_device(batch, run.device) for batch in group], bar
+            tokens = sum(int(batch["attention_mask"].sum()) for batch in group)
+            yield [to_device(batch, run.device) for batch in group], [run.labelled(batch) for batch in group], tokens, bar
 
 
-def backward(run, batches):
-    """Add the gradient of the mean loss over all labels of the batches; returns that loss, a number."""
-    counts = [run.labelled(batch) for batch in batches]
+def backward(run, batches, labelled):
+    """Add the gradient of the mean loss over all labels of the batches; returns that loss, a scalar on the device."""
     total = 0.0
-    for batch, n in zip(batches, counts):
-        part = n / sum(counts) * run.forward(batch)
+    for batch, n in zip(batches, labelled):
+        part = n / sum(labelled) * run.forward(batch)
         part.backward()
-        total += part.item()
+        total = total + part.detach()
     return total
 
 
@@ -172,7 +193,7 @@ def fine_tune(s, command, stop):
         run.wrap(state[2]["names"])
         run.load(state[0])
     run.model.to(run.device).train()
-    if s.fast or (s.fast is None and run.device.type == "cpu"):
+    if s.fast or (s.fast is None and run.device.type == "cpu" and not s.compile):
         for words, n in Counter(speed_up(run.model).values()).items():
             print(f"fast    {n} layers: {words}")
     if s.gradient_checkpointing:

@@ -181,10 +181,11 @@ class Run:
 
     @functools.cached_property
     def compiled(self):
-        """The model, compiled for changing lengths if asked; a rank growth compiles anew: more than the usual eight."""
+        """The model, compiled for changing lengths if asked; a rank growth compiles anew: more than the usual eight times."""
         if not self.settings.compile:
             return self.model
-        torch._dynamo.config.cache_size_limit = 256
+        torch._dynamo.config.recompile_limit = 256
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # not back to eager without a word
         return torch.compile(self.model, dynamic=True)
 
     def forward(self, batch):
@@ -322,7 +323,9 @@ def base_fingerprint(model, s):
 
 
 def to_device(batch, device):
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    """The batch on the device; a GPU copies it from pinned memory while it still computes on the one before."""
+    pin = torch.device(device).type == "cuda"
+    return {key: (value.pin_memory() if pin else value).to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def loss_of(model, batch, kind):

@@ -279,6 +279,8 @@ def check(s):
         raise ValueError("--dev is the same file as --data: the development score would be of rows trained on")
     if s.text is not None and s.task is not None:
         raise ValueError("--task is for known tasks: with --text the task comes from your file")
+    if s.fast and s.compile:
+        raise ValueError("--fast does not go with --compile, which joins the operations of a layer itself")
     if s.text is None and s.task is None:
         s.task = "cola"
     if s.data is None and s.task not in data.GENERATED:

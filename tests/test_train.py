@@ -38,11 +38,11 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch():
     parts = [{"input_ids": ids[a:b], "labels": labels[a:b]} for a, b in ((0, 4), (4, 8), (8, 10))]
     task = dataclasses.replace(data.TASKS["mnli"], labels=("a", "b", "c"))
     run = Run(Settings(precision="float32"), task, model, None, "")
-    loss = train.backward(run, parts)
+    loss = train.backward(run, parts, [4, 4, 2])
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     whole = {"input_ids": ids, "labels": labels}
-    assert abs(train.backward(run, [whole]) - loss) < 1e-6 and abs(run.forward(whole).item() - loss) < 1e-6
+    assert abs(train.backward(run, [whole], [10]) - loss) < 1e-6 and abs(run.forward(whole).item() - loss) < 1e-6
     error = max((g - p.grad).abs().max().item() for g, p in zip(grads, (p for p in model.parameters() if p.grad is not None)))
     print("error", error, "largest gradient", max(g.abs().max().item() for g in grads))
     assert error < 1e-7 < max(g.abs().max().item() for g in grads)  # losses are float32
@@ -119,6 +119,20 @@ def test_a_run_leaves_its_folder_and_learns(csv, tmp_path, capsys, method):
     state = adapter_of(out)
     assert rows[-1]["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert equal(state, model.state_dict()), "of a model from scratch all is kept"
+
+
+def test_a_compiled_model_is_compiled_once_and_once_more_for_each_growth(csv, tmp_path, monkeypatch):
+    compile, counters = torch.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="eager", **options))
+    torch._dynamo.reset(), counters.clear()
+    growth = ["--rank-ref", "4", "--t0", "1", "--interval", "3"]
+    code, rows = go(csv, tmp_path / "run", "--method", "triadapt", "--compile", "--epochs", "8", *growth)
+    events = [row for row in rows_of(tmp_path / "run", "layers.jsonl") if "event" in row]
+    assert code == 0 and len(events) == 2 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1 + len(events)
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
+    plain = go(csv, tmp_path / "plain", "--method", "triadapt", "--no-fast", "--epochs", "8", *growth)[1]
+    assert all(abs(a["dev_loss"] - b["dev_loss"]) < 1e-6 for a, b in zip(rows, plain)) and rows[0] != rows[-1]
 
 
 @pytest.mark.parametrize("method", METHODS)
