@@ -1,7 +1,7 @@
 """The tasks and their data: what is predicted from what, rows for the model, batches.
 
 A task is a row of TASKS. Its examples are generated (generated/suite.py), or read from files in the layouts of GLUE,
-SQuAD 2.0 and GSM8K, or from a table of your own (reading/files.py):
+SQuAD 2.0 and GSM8K, from a table of your own (reading/files.py), or from prompts with answers (reading/instructions.py):
 
     examples = load("cola", "glue/CoLA", "train")            # list of Example
     task, examples = load_custom("my.csv", text=["review"], label="stars")
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from generated import suite
-from reading import files
+from reading import files, instructions
 from reading.files import SPLITS, Example, bad, brief
 from reading.tokenizer import ASSETS, Tokenizer, train_tokenizer
 
@@ -45,11 +45,12 @@ class Task:
     columns: tuple = ()  # for each text, and last for the label: the names its column goes by
     codes: tuple = ()  # the class names that integer labels 0, 1, .. in a file mean
     headless: bool = False  # the official train file has no header line
+    template: str = ""  # of prompts: "" joins the columns line by line, "chat" is the tokenizer's own
 
     @property
     def pretraining(self):
         """Whether it is text to pretrain on: always generated, and there is nothing to score but the loss."""
-        return self.metrics == ("loss",)
+        return self.metrics == ("loss",) and self.name != "sft"
 
 
 # ------------------------------------------------------------------------ the tasks
@@ -86,6 +87,7 @@ TASKS = [
     _glue("wnli", _RTE, ["sentence1", "sentence2", "label"], ("0", "1")),
     Task("squad", "span", metrics=("f1", "em"), pair=True),
     Task("math", "lm", metrics=("em",)),
+    Task("sft", "lm", metrics=("exact_match",)),
     Task("lesson", "mlm", metrics=("loss",)),
     Task("mlm", "mlm", metrics=("loss",)),
     Task("clm", "lm", metrics=("loss",)),
@@ -110,6 +112,8 @@ def load(task, source=None, split="train", seed=0):
     test_mismatched are there too. Rows of a test split may be unlabelled.
     """
     task = find_task(task) if isinstance(task, str) else task
+    if task.name == "sft":
+        return load_prompts(task, source, labelled=split != "test")
     files.file_names(task, split)  # there is such a split
     if source is None:
         if task.name not in GENERATED:
@@ -122,6 +126,15 @@ def load(task, source=None, split="train", seed=0):
     if task.pretraining:
         raise ValueError(f"task {task.name} is generated text, it reads no files: leave --data out")
     return files.read(task, source, split)
+
+
+def load_prompts(task, path, labelled=True):
+    """Chats of a file of prompts and answers; `columns` of the task name the prompts' and, last, the answer's."""
+    if path is None:
+        raise ValueError("task sft needs --data FILE: prompts with their answers, as JSON lines or a JSON list")
+    names = [name for (name,) in task.columns]
+    template = "" if task.template == "chat" else task.template
+    return instructions.read(path, tuple(names[:-1]), names[-1] if names else None, template, labelled)
 
 
 def load_custom(path, text, label, task=None):
@@ -170,8 +183,8 @@ def features(task, examples, tokenizer, max_length):
     (None if unlabelled). At most max_length tokens: of a pair the longer text is cut, for spans the
     context (a question keeps at most half), an answer that is cut off counts as no answer.
 
-    span rows also have `offsets` (None outside the context), math rows `prompt`: how many of their
-    tokens come before the answer, what generation starts from; mlm rows `noise` and
+    span rows also have `offsets` (None outside the context), math and sft rows `prompt`: how many of their
+    tokens come before the answer, what generation starts from; all have `cut`, whether something did not fit; mlm rows `noise` and
     `salient` (which tokens depend on both texts), for the masking.
     """
     if max_length < 16:
@@ -186,12 +199,14 @@ def features(task, examples, tokenizer, max_length):
         rows = tokenizer.encode(texts, max_length, "only_second")
     elif task.name == "math":
         rows = math_rows(examples, tokenizer, max_length)
+    elif task.name == "sft":
+        rows = instructions.encode(examples, tokenizer, max_length, task.template == "chat")
     else:
         rows = tokenizer.encode(texts, max_length)
     out = []
     for example, row in zip(examples, rows):
         ids = row["input_ids"]
-        feature = {"input_ids": ids, "token_type_ids": row["token_type_ids"], "labels": example.label}
+        feature = {"input_ids": ids, "token_type_ids": row["token_type_ids"], "labels": example.label, "cut": row["cut"]}
         if task.kind == "span":
             places = zip(row["offsets"], row["sequence"])
             feature["offsets"] = [place if sequence == 1 else None for place, sequence in places]
@@ -200,10 +215,11 @@ def features(task, examples, tokenizer, max_length):
         elif task.kind == "lm":
             feature["token_type_ids"] = [0] * len(ids)  # generated tokens have no second type
             start = row.get("prompt", 1)
-            if task.name == "math":
+            learn = row.get("learn", [t >= start for t in range(len(ids))])  # which tokens are predicted
+            if "prompt" in row:
                 feature["prompt"] = start
             if task.pretraining or example.label is not None:
-                feature["labels"] = [IGNORED] * (start - 1) + ids[start:] + [IGNORED]
+                feature["labels"] = [i if yes else IGNORED for i, yes in zip(ids[1:], learn[1:])] + [IGNORED]
         elif task.kind == "mlm":
             feature["labels"] = [s is not None for s in row["sequence"]]  # which tokens may be masked
             feature["noise"] = (tokenizer.mask_id, tokenizer.vocab_size)  # for `mask_tokens`
@@ -219,20 +235,16 @@ def math_rows(examples, tokenizer, max_length):
     long loses its end. A tokenizer that ends no text (a decoder's) gets a line end between the two."""
     prompts = tokenizer.encode([e.text for e in examples], max_length // 2)
     answers = tokenizer.encode([(e.label or "",) for e in examples])
-    newline = words_of(tokenizer.encode([("\n",)])[0])
+    newline = instructions.own(tokenizer.encode([("\n",)])[0])
     out = []
     for example, prompt, answer in zip(examples, prompts, answers):
         ids = prompt["input_ids"] + newline * (prompt["sequence"][-1] is not None)
-        start = len(ids)
+        start, cut = len(ids), prompt["cut"]
         if example.label is not None:
-            ids = (ids + words_of(answer) + [tokenizer.sep_id])[:max_length]
-        out.append({"input_ids": ids, "token_type_ids": None, "prompt": start})
+            ids = ids + instructions.own(answer) + [tokenizer.sep_id]
+            ids, cut = ids[:max_length], cut or len(ids) > max_length
+        out.append({"input_ids": ids, "token_type_ids": None, "prompt": start, "cut": cut})
     return out
-
-
-def words_of(row):
-    """Token ids of an encoded row without the special tokens around its texts."""
-    return [i for i, s in zip(row["input_ids"], row["sequence"]) if s is not None]
 
 
 def token_span(example, offsets):

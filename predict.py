@@ -3,10 +3,11 @@
     python predict.py out/sst2-triadapt-0 dev.tsv                     # a TSV with probabilities on the screen
     python predict.py out/sst2-triadapt-0 test.tsv --submission SST-2.tsv
     echo "what a lovely film" | python predict.py out/sst2-triadapt-0 - --format jsonl
+    python predict.py out/sft-lora-0 prompts.jsonl --temperature 0.7 --top-p 0.9 --max-new 200
 
 A file is read as the run's training data was: GLUE's, SQuAD's or GSM8K's layout, or your own columns. With - every
 line of standard input is a text, the two texts of a pair with a tab between them. If the file has labels, the
-metrics go to standard error.
+metrics go to standard error. A run that writes text (math, sft) shows it as it comes where standard output is a terminal.
 """
 
 import argparse
@@ -18,9 +19,9 @@ import sys
 import torch
 
 import data
-from harness import metrics
+from harness import generation, metrics
 from harness.run import Run
-from harness.settings import Parser, in_words
+from harness.settings import Parser, count, in_words, number
 from reading import files
 
 
@@ -34,7 +35,7 @@ def read(task, source):
         if len(parts) != 1 + task.pair:
             wanted = "two texts with a tab between them" if task.pair else "one text without a tab"
             raise files.bad("<stdin>", i, f"{len(parts)} texts, expected {wanted}")
-        examples.append(data.Example(str(i - 1), parts))
+        examples.append(data.Example(str(i - 1), (("user", text),) if task.name == "sft" else parts))
     return examples
 
 
@@ -49,6 +50,61 @@ def rows_of(task, examples, answers, probabilities):
         yield row
 
 
+def write_texts(run, examples, args):
+    """The texts that a language model writes behind each prompt, one after the other, shown as they come on a terminal."""
+    pick, texts = generation.sampler(args.temperature, args.top_p, args.seed), []
+    for row in run.features(examples):
+        prompt = row["input_ids"][: row["prompt"]]
+        with run.autocast():
+            ids = generation.tokens(run.model, prompt, run.max_new, run.tokenizer.sep_id, pick)
+            parts = []
+            for part in generation.text_as_it_comes(run.tokenizer, ids):
+                parts.append(part)
+                if sys.stdout.isatty():
+                    print(part, end="", flush=True)
+        if sys.stdout.isatty():
+            print()
+        texts.append("".join(parts))
+    return {"answers": texts, "probabilities": [None] * len(texts)}
+
+
+def show(task, examples, found, form):
+    """The rows on standard output."""
+    writer = None
+    for row in rows_of(task, examples, found["answers"], found["probabilities"]):
+        if form == "jsonl":
+            print(json.dumps(row, ensure_ascii=False))
+            continue
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, list(row), delimiter="\t", lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def predict(args):
+    run = Run.open(args.run, args.device, args.force)
+    if run.settings.threads:
+        torch.set_num_threads(run.settings.threads)
+    task = run.task
+    if args.submission and not task.header:
+        raise ValueError(f"GLUE takes no submission for task {task.name}")
+    writes = task.kind == "lm" and task.metrics != ("choice",)
+    if not writes and (args.max_new or args.temperature or args.top_p != 1 or args.seed):
+        raise ValueError("--max-new, --temperature, --top-p and --seed go with a run that writes text")
+    run.max_new = args.max_new or run.max_new
+    examples, watched = read(task, args.file), sys.stdout.isatty()
+    live = writes and (watched or args.temperature > 0)
+    found = write_texts(run, examples, args) if live else run.predict(examples)
+    if args.submission:
+        files.write_submission(task, found["answers"], args.submission)
+    elif not (live and watched):  # shown already
+        show(task, examples, found, args.format)
+    if all(example.label is not None for example in examples) and task.metrics != ("loss",):
+        scores = metrics.score(task, examples, found["answers"])
+        print(", ".join(f"{name} {value:.6f}" for name, value in scores.items()), file=sys.stderr)
+    sys.stdout.flush()  # a closed pipe is noticed here
+
+
 def main(argv=None):
     parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder")
@@ -56,33 +112,14 @@ def main(argv=None):
     parser.add_argument("--format", choices=("tsv", "jsonl"), default="tsv")
     parser.add_argument("--submission", metavar="FILE", help="write GLUE's submission file instead")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--max-new", type=count, help="text: tokens at most (default: as in training)")
+    parser.add_argument("--temperature", type=number, default=0.0, help="text: 0 takes the likeliest token (default), 1 draws")
+    parser.add_argument("--top-p", type=number, default=1.0, help="text: draw among the likeliest that sum to this (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="text: of the draws (default 0)")
     parser.add_argument("--force", action="store_true", help="take another base than the run was trained on")
     args = parser.parse_args(argv)
     try:
-        run = Run.open(args.run, args.device, args.force)
-        if run.settings.threads:
-            torch.set_num_threads(run.settings.threads)
-        task = run.task
-        if args.submission and not task.header:
-            raise ValueError(f"GLUE takes no submission for task {task.name}")
-        examples = read(task, args.file)
-        found = run.predict(examples)
-        if args.submission:
-            files.write_submission(task, found["answers"], args.submission)
-        elif args.format == "jsonl":
-            for row in rows_of(task, examples, found["answers"], found["probabilities"]):
-                print(json.dumps(row, ensure_ascii=False))
-        else:
-            writer = None
-            for row in rows_of(task, examples, found["answers"], found["probabilities"]):
-                if writer is None:
-                    writer = csv.DictWriter(sys.stdout, list(row), delimiter="\t", lineterminator="\n")
-                    writer.writeheader()
-                writer.writerow(row)
-        if all(example.label is not None for example in examples):
-            scores = metrics.score(task, examples, found["answers"])
-            print(", ".join(f"{name} {value:.6f}" for name, value in scores.items()), file=sys.stderr)
-        sys.stdout.flush()  # a closed pipe is noticed here
+        predict(args)
     except BrokenPipeError:  # | head: whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -3,6 +3,7 @@
     python train.py                                        # triadapt on cola, the tiny base of assets/
     python train.py --method lora --task sst2 --rank 4
     python train.py --task cola --data path/to/CoLA        # real files in GLUE's layout
+    python train.py @recipes/triadapt-deberta-rte.txt --data path/to/RTE       # a run of the papers, flags from a file
     python train.py --method full --task mlm --scratch --save-base base.safetensors
 
 A method is a module with the verbs inject, param_groups, merge and, where it has them, calibrate (looks at
@@ -17,17 +18,15 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
 
 import torch
 from tqdm import tqdm
 
 import data
 import model as modelling
-from fast import speed_up
 from harness import backbones, exports, figures, folder
 from harness.run import Run, choose_device, to_device
-from harness.settings import in_words, parse
+from harness.settings import default_rate, in_words, parse
 from harness.stop import Stop, Stopped
 from tlora import cosine_similarity
 
@@ -186,6 +185,10 @@ def fine_tune(s, command, stop):
     print(f"base    {run.base}, {run.count()[1]:,} numbers")
     print(f"task    {run.task.name} from {s.data or 'the generated world'}: {len(run.train):,} training rows, "
           f"{len(run.dev):,} for development, {run.task.kind}" + (f" ({', '.join(run.task.labels)})" if run.task.labels else ""))
+    if s.data and not (s.backbone or s.scratch):
+        print("note    the tiny bases know their generated world only: on real text use --backbone")
+    if cut := sum(row["cut"] for row in run.train_features):
+        print(f"cut     {cut:,} of {len(run.train):,} training texts are longer than --max-length {s.max_length} tokens")
     state = folder.state_to_resume(run)
     if state is None:
         run.adapt()
@@ -193,9 +196,8 @@ def fine_tune(s, command, stop):
         run.wrap(state[2]["names"])
         run.load(state[0])
     run.model.to(run.device).train()
-    if s.fast or (s.fast is None and run.device.type == "cpu" and not s.compile):
-        for words, n in Counter(speed_up(run.model).values()).items():
-            print(f"fast    {n} layers: {words}")
+    for words, n in run.speed_up().items():
+        print(f"fast    {n} layers: {words}")
     if s.gradient_checkpointing:
         backbones.set_checkpointing(run.model)
     optimizer = torch.optim.AdamW(groups_of(run), lr=s.lr, betas=tuple(s.betas), fused=True)
@@ -233,8 +235,10 @@ def introduce(run, progress):
     print(f"method  {s.method}, {where}, head {', '.join(heads) or 'not trained'}: "
           f"{trained:,} trained of {everything:,} ({100 * trained / everything:.2f} %)")
     print(f"device  {run.device} ({choose_device(s.device)[1]}), {s.precision}, {torch.get_num_threads()} threads")
-    print(f"steps   {run.total_steps:,} of {s.accumulate} x {s.batch_size} rows, lr {s.lr:g} (head {s.head_lr:g}) {s.schedule}, "
-          f"{run.warmup_steps} warm-up" + (f"; resumed after step {progress.step}" if progress.step else ""))
+    default, source = default_rate(s)
+    source = source if s.lr == default else "as asked"
+    print(f"steps   {run.total_steps:,} of {s.accumulate} x {s.batch_size} rows, lr {s.lr:g} ({source}; head {s.head_lr:g}) "
+          f"{s.schedule}, {run.warmup_steps} warm-up" + (f"; resumed after step {progress.step}" if progress.step else ""))
 
 
 def line(row):

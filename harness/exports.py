@@ -1,25 +1,99 @@
-"""A run in other formats: a LoRA adapter as PEFT reads it, or an ordinary Hugging Face checkpoint.
+"""A run in other formats: a LoRA adapter as PEFT reads it, or an ordinary Hugging Face checkpoint; and a LoRA of PEFT's as a run.
 
 Every method whose layers have factors(), dW = P Q, is a LoRA to PEFT: lora_B = P, lora_A = Q, with
-lora_alpha = r in each layer so that PEFT's own scaling is 1.
+lora_alpha = r in each layer so that PEFT's own scaling is 1. Beside either format stand the tokenizer, and a README.md with the
+Python that loads it; beside an adapter task.json as well: what `from_peft` and nobody else reads.
 """
 
+import dataclasses
+import json
 import os
+import re
+import shlex
 
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from harness import backbones
-from harness.folder import write_json
+import data
+from harness import backbones, folder
+from harness.folder import read_json, write_json
+from harness.methods import METHODS
+from harness.run import Run, base_fingerprint, build_model, tupled
+from harness.settings import typed
 from model import head_modules
-from reading.files import replace_file
+from reading.files import replace_file, write_text
 
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "span": "QUESTION_ANS", "lm": "CAUSAL_LM"}
+PIPELINES = {"SEQ_CLS": "text-classification", "QUESTION_ANS": "question-answering", "CAUSAL_LM": "text-generation"}
+# Flags that name a place on the machine that trained.
+PLACES = {"--data", "--dev", "--out", "--base", "--compare", "--save-base", "--export-peft", "--export-merged", "--from-peft"}
+FACTS = {"task": dict, "max_length": int, "max_new": int, "base": str | None}  # task.json
+# The keys of adapter_config.json that a plain LoRA may set; the last five to these values alone.
+SET = """task_type base_model_name_or_path peft_version auto_mapping inference_mode r lora_alpha lora_dropout target_modules exclude_modules
+    modules_to_save rank_pattern alpha_pattern fan_in_fan_out layers_to_transform layers_pattern eva_config""".split()
+PLAIN = {
+    "peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"],
+    "megatron_core": ["megatron.core"], "qalora_group_size": [16],
+}  # fmt: skip
+CARD = """---
+base_model: {base}
+library_name: {library}
+pipeline_tag: {pipeline}
+tags: [{tags}]
+---
+
+# {task.name}, {method}
+
+{what}, trained with {words}.
+
+- base: {base}
+- task: {task.name}, {task.kind} {labels}
+- data: {rows}
+{scores}
+Made by
+
+```sh
+{command}
+```
+
+In this folder it is loaded and asked by
+
+```python
+{load}
+{ask}
+```
+{note}"""
+LOAD = """import torch
+from {package} import {name}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = {name}.from_pretrained(".", dtype=torch.float32{fit}).eval()"""
+ASK = """model.config.pad_token_id = tokenizer.pad_token_id
+batch = tokenizer({texts}, padding=True, truncation={cut}, max_length={most}, return_token_type_ids={types}, return_tensors="pt")
+with torch.no_grad():
+    output = model(**batch)
+"""
+ANSWER = {
+    "classification": "print([model.config.id2label[i] for i in output.logits.argmax(-1).tolist()])",
+    "regression": "print(output.logits[:, 0].tolist())",
+    "span": """first, last = output.start_logits[0].argmax(), output.end_logits[0].argmax()
+print(tokenizer.decode(batch["input_ids"][0, first : last + 1]))""",
+}
+GENERATE = """ids = tokenizer("a question")["input_ids"]{newline}
+options = {{"max_new_tokens": {most}, "do_sample": False, "eos_token_id": {stop}, "pad_token_id": {pad}}}
+new = model.generate(input_ids=torch.tensor([ids]), **options)[0, len(ids) :]
+print(tokenizer.decode(new, skip_special_tokens=True))"""
+NOTE = """
+PEFT builds the base with the base's own number of classes, so these lines say which there are. A base that is a folder
+is looked for where it was: change `base_model_name_or_path` in adapter_config.json if it lies elsewhere.
+"""
 
 
 @torch.no_grad()
 def export_peft(run, path):
-    """Write adapter_config.json and adapter_model.safetensors.
+    """Write adapter_config.json, adapter_model.safetensors and what stands beside them.
 
     Ranks differ by layer, so each layer stands in rank_pattern and alpha_pattern. ValueError for a method
     whose change PEFT has no form for.
@@ -64,6 +138,10 @@ def export_peft(run, path):
     file = os.path.join(path, "adapter_model.safetensors")
     replace_file(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
     write_json(os.path.join(path, "adapter_config.json"), adapter)
+    facts = {"task": dataclasses.asdict(run.task), "max_length": run.settings.max_length, "max_new": run.max_new}
+    write_json(os.path.join(path, "task.json"), {**facts, "base": run.fingerprint})
+    what = f"A LoRA adapter for PEFT: {len(names)} layers, ranks {min(ranks.values())} to {max(ranks.values())}"
+    write_beside(run, path, what, peft=True)
     print(f"PEFT adapter in {path}: {len(names)} layers, ranks {min(ranks.values())} to {max(ranks.values())}")
 
 
@@ -73,5 +151,142 @@ def export_merged(run, path):
         run.method.merge(run.model)
     backbones.delinearize(run.model)
     run.model.save_pretrained(path)
-    run.tokenizer.source.save_pretrained(path)
+    write_beside(run, path, "A whole checkpoint, the update folded into the weights", peft=False)
     print(f"merged checkpoint in {path}")
+
+
+# ------------------------------------------------------------------------- what stands beside it
+
+
+def write_beside(run, path, what, peft):
+    """The tokenizer, and README.md: what it is, base, task, metrics, command, and the Python that loads it and predicts."""
+    run.tokenizer.source.save_pretrained(path)
+    s, task, file = run.settings, run.task, os.path.join(run.settings.out or "", "metrics.jsonl")
+    name, fit, scores = backbones.CLASSES[task.kind], "", ""
+    if peft:
+        name = name.replace("AutoModel", "AutoPeftModel")
+        if TASK_TYPES[task.kind] == "SEQ_CLS":  # the base's own head may be of another size
+            names = dict(enumerate(task.labels))
+            fit = f"id2label={names}, label2id={ {label: i for i, label in names.items()} }" if names else "num_labels=1"
+            fit = f", {fit}, ignore_mismatched_sizes=True"
+    if s.out and os.path.exists(file):
+        with open(file, encoding="utf-8") as f:
+            row = json.loads(([*f] or ["{}"])[-1])
+        scores = "".join(f"| {key} | {row[key]:.4f} |\n" for key in ("dev_loss", *task.metrics) if key in row)
+        scores = scores and f"\nAfter step {row['step']}, on the development rows:\n\n| metric | value |\n|---|--:|\n{scores}"
+    text = CARD.format(
+        base=json.dumps(s.backbone), library="peft" if peft else "transformers", pipeline=PIPELINES[TASK_TYPES[task.kind]],
+        tags=", ".join({s.method: 0} | ({"lora": 0} if peft else {})), task=task, method=s.method, what=what, words=METHODS[s.method][1],
+        labels=f"({', '.join(task.labels)})" if task.labels else "", scores=scores, command=portable(run.command), note=NOTE if peft else "",
+        rows=os.path.basename(os.path.normpath(s.data)) if s.data else "generated", ask=ask(run),
+        load=LOAD.format(package="peft" if peft else "transformers", name=name, fit=fit),
+    )  # fmt: skip
+    write_text(os.path.join(path, "README.md"), text)
+
+
+def ask(run):
+    """The lines of Python that predict, on the very tokens that the run would see."""
+    task, tokenizer = run.task, run.tokenizer
+    if task.kind == "lm":
+        ends = task.name == "math" and tokenizer.encode([("a",)])[0]["sequence"][-1] is not None  # as data.math_rows
+        newline = ' + tokenizer("\\n", add_special_tokens=False)["input_ids"]' if ends else ""
+        return GENERATE.format(newline=newline, most=run.max_new or 64, stop=tokenizer.sep_id, pad=tokenizer.pad_id)
+    texts = '["a question"], ["a context"]' if task.kind == "span" else '["a text"], ["its second"]' if task.pair else '["a text"]'
+    types = getattr(run.model.config, "type_vocab_size", 0) > 1  # as model.logits
+    cut = '"only_second"' if task.kind == "span" else True
+    return ASK.format(texts=texts, cut=cut, most=run.settings.max_length, types=types) + ANSWER[task.kind]
+
+
+def portable(command):
+    """The command without the folders that its files lie in: they are there on one machine only."""
+    words = [part for word in shlex.split(command) for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return shlex.join(os.path.basename(os.path.normpath(w)) if flag in PLACES else w for flag, w in zip(["", *words], words))
+
+
+# ------------------------------------------------------------------------- and back
+
+
+@torch.no_grad()
+def from_peft(path, settings, task=None, force=False):
+    """Write a plain LoRA of PEFT's as the run `settings.out` of method lora. ValueError, in one line, for any other adapter.
+
+    Without `task` it is what task.json says, which `export_peft` left. A layer of a lower rank gets rows of zeros, one of
+    another scale another B: dW stays.
+    """
+    if folder.written(settings.out):
+        raise ValueError(f"{settings.out} holds a run already: choose another folder")
+    adapter, facts = read_plain(path), {"max_new": settings.max_length // 2, "base": None}
+    if task is None:
+        file = os.path.join(path, "task.json")
+        if not os.path.exists(file):
+            raise ValueError(f"{path} has no task.json, which an export from here has: give --task or --labels")
+        facts = read_json(file)
+        typed(FACTS, facts, file)
+        typed({f.name: f.type for f in dataclasses.fields(data.Task)}, facts["task"], f"{file}: task")
+        task, settings.max_length = data.Task(**tupled(facts["task"])), facts["max_length"]
+    if adapter["task_type"] not in (None, TASK_TYPES.get(task.kind)):
+        raise ValueError(f"{path} is an adapter for {adapter['task_type']}, task {task.name} is {task.kind}")
+    settings.backbone = settings.backbone or adapter["base_model_name_or_path"]
+    if not settings.backbone:
+        raise ValueError(f"{path} names no base: give --backbone")
+    command = shlex.join(["python", "export.py", settings.out, "--from-peft", str(path)])
+    run = Run(settings, task, *build_model(settings, task), max_new=facts["max_new"], command=command)
+    run.fingerprint = base_fingerprint(run.model, settings)
+    if facts["base"] not in (None, run.fingerprint) and not force:
+        raise ValueError(f"{path} was trained on another base than what {run.base} is now (--force goes on)")
+    layers, state = read_lora(os.path.join(path, "adapter_model.safetensors"), head_modules(run.model))
+    rank, alpha = max(len(A) for A, _ in layers.values()), adapter["lora_alpha"] or 1.0
+    pattern = {key: [name for name in layers if f".{name}".endswith("." + key)] for key in adapter["alpha_pattern"]}
+    if odd := [key for key, names in pattern.items() if not names]:
+        raise ValueError(f"{path}: alpha_pattern names {odd[0]}, which is the end of no adapted layer's name")
+    own = {name: adapter["alpha_pattern"][key] for key in reversed(pattern) for name in pattern[key]}  # the first key counts
+    for name, (A, B) in layers.items():
+        scale = own.get(name, adapter["lora_alpha"]) / len(A)
+        state |= {f"{name}.A": F.pad(A, (0, 0, 0, rank - len(A))), f"{name}.B": F.pad(B * (scale / (alpha / rank)), (0, rank - len(A)))}
+    settings.options = {"rank": rank, "alpha": float(alpha), "dropout": float(adapter["lora_dropout"])}
+    run.wrap(list(layers))
+    run.load(state)
+    with folder.lock(settings.out):
+        folder.clear(settings.out, run.config())
+        folder.finish(run, folder.Progress())
+    print(f"run of lora in {settings.out}: {len(layers)} layers, rank {rank}, task {task.name}")
+
+
+def read_plain(path):
+    """adapter_config.json with PEFT's defaults filled in. ValueError if it is not of a plain LoRA."""
+    file = os.path.join(path, "adapter_config.json")
+    adapter = read_json(file)
+    if not isinstance(adapter, dict) or "peft_type" not in adapter:
+        raise ValueError(f"{file}: PEFT did not write this")
+    for key, value in adapter.items():
+        if value and key not in SET and value not in PLAIN.get(key, []):
+            raise ValueError(f"{file}: {key} is {json.dumps(value)}: only a plain LoRA is read")
+    filled = {"lora_alpha": 8, "lora_dropout": 0.0, "task_type": None, "base_model_name_or_path": None, **adapter}
+    filled["alpha_pattern"] = adapter.get("alpha_pattern") or {}
+    kinds = {"lora_alpha": float, "lora_dropout": float, "alpha_pattern": dict} | dict.fromkeys(("task_type", "base_model_name_or_path"), str | None)
+    typed(kinds, {key: filled[key] for key in kinds}, file)
+    typed(dict.fromkeys(filled["alpha_pattern"], float), filled["alpha_pattern"], f"{file}: alpha_pattern")
+    return filled
+
+
+def read_lora(file, heads):
+    """({layer: (A, B)}, {name: tensor} of the head) of adapter_model.safetensors, in float32. No pickle is ever read."""
+    if not os.path.exists(file):
+        raise ValueError(f"{file} does not exist, and no other format is read")
+    try:
+        tensors = {key.removeprefix("base_model.model."): value.float() for key, value in load_file(file).items()}
+    except Exception as e:  # safetensors and torch raise several kinds
+        raise ValueError(f"{file} cannot be read as safetensors: {e}".splitlines()[0]) from None
+    layers, state = {}, {}
+    for name, value in tensors.items():
+        if found := re.fullmatch(r"(.+)\.lora_[AB]\.weight", name):
+            layers[found[1]] = A, B = [tensors.get(f"{found[1]}.lora_{x}.weight", torch.empty(0)) for x in "AB"]
+            if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+                raise ValueError(f"{file}: the matrices of {found[1]} are no A (r, n) and B (m, r)")
+        elif name.startswith(tuple(head + "." for head in heads)):
+            state[name] = value
+        else:
+            raise ValueError(f"{file}: {name} is neither a LoRA matrix nor of the head ({', '.join(heads) or 'there is none'})")
+    if not layers:
+        raise ValueError(f"{file} holds no LoRA matrix")
+    return layers, state

@@ -144,11 +144,43 @@ def math_em(labels, predictions):
     return np.mean([final_number(label) == final_number(p) for label, p in zip(labels, predictions)])
 
 
+def exact_match(labels, predictions):
+    return np.mean([label.strip() == p.strip() for label, p in zip(labels, predictions)])
+
+
+def last_number(labels, predictions):
+    """As GSM8K is scored when answers are free text: the last number of both, commas removed, as numbers."""
+
+    def number(text):
+        found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
+        return float(found[-1].replace(",", "")) if found else None
+
+    return np.mean([number(p) is not None and number(label) == number(p) for label, p in zip(labels, predictions)])
+
+
+def boxed(labels, predictions):
+    r"""As MATH is scored: what stands in the last \boxed{..}, spaces aside; where a label has none, all of it."""
+
+    def inside(text):
+        start = text.rfind("\\boxed{") + len("\\boxed{")
+        if start < len("\\boxed{"):
+            return None
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return "".join(text[start:end].split())
+        return None
+
+    golds = [inside(label) or "".join(label.split()) for label in labels]
+    return np.mean([inside(p) == gold for gold, p in zip(golds, predictions)])
+
+
 METRICS = {
     "classification": {"accuracy": accuracy, "f1": f1, "macro_f1": macro_f1, "matthews": matthews},
     "regression": {"pearson": pearson, "spearman": spearman},
     "span": {"f1": over_answers(answer_f1), "em": over_answers(answer_em)},
-    "lm": {"em": math_em},
+    "lm": {"em": math_em, "exact_match": exact_match, "last_number": last_number, "boxed": boxed, "choice": exact_match},
 }
 
 

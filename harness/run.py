@@ -16,16 +16,19 @@ import math
 import os
 import platform
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import fast
 import model as modelling
 from harness import backbones, folder, methods, metrics, sealed
 from harness.settings import Settings
+from reading import instructions
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
 
@@ -131,6 +134,12 @@ class Run:
         self.method.inject(self.model, layers, **options)
         self.train_head()
 
+    def speed_up(self):
+        """Let layers compute by fast.py, as --fast says, in training and afterwards: {words: how many layers}."""
+        s = self.settings
+        wanted = self.device.type == "cpu" and not s.compile if s.fast is None else s.fast
+        return Counter(fast.speed_up(self.model).values()) if wanted else {}
+
     def train_head(self):
         for name in modelling.head_modules(self.model):
             self.model.get_submodule(name).requires_grad_(not self.settings.freeze_head)
@@ -151,6 +160,7 @@ class Run:
         run.wrap(config["layers"])
         run.load(adapter)
         run.model.to(run.device).eval()
+        run.speed_up()
         return run
 
     @property
@@ -167,7 +177,8 @@ class Run:
 
     def config(self):
         """What config.json says: enough to run it again, and to know its base, tokenizer and rows."""
-        held_out = [example.id for example in self.dev] if self.settings.text and not self.settings.dev else None
+        own = self.settings.text or self.task.name == "sft"
+        held_out = [example.id for example in self.dev] if own and not self.settings.dev else None
         return {
             "settings": dataclasses.asdict(self.settings), "task": dataclasses.asdict(self.task), "layers": self.layers,
             "max_new": self.max_new, "base": self.fingerprint, "tokenizer": self.tokenizer.digest, "rows": self.rows_digest,
@@ -198,11 +209,11 @@ class Run:
         return int((batch["labels"] != data.IGNORED).sum()) if self.task.kind in ("lm", "mlm") else len(batch["labels"])
 
     @torch.no_grad()
-    def predict(self, examples, features=None):
+    def predict(self, examples, features=None, answer=True):
         """What the model says of every row, in the rows' order, in eval mode:
 
         {"answers": class indices, scores or texts, "probabilities": lists over classes, or a span's, or None,
-        "loss": the mean over labels, None where a row has none}.
+        "loss": the mean over labels, None where a row has none}. Without `answer` only the loss is computed.
         """
         features = self.features(examples) if features is None else features
         was_training = self.model.training
@@ -217,10 +228,12 @@ class Run:
             if "labels" in batch:
                 n = self.labelled(batch)
                 loss, labelled = loss + n * self.forward(batch).item(), labelled + n
-            if "prompt" in features[0]:
-                found, sure = self.generate([features[i] for i in rows]), [None] * len(rows)
-            elif self.task.kind in ("lm", "mlm"):
+            if not answer or self.task.pretraining:
                 continue
+            if self.task.metrics == ("choice",):
+                found, sure = self.choose([examples[i] for i in rows]), [None] * len(rows)
+            elif "prompt" in features[0]:
+                found, sure = self.generate([features[i] for i in rows]), [None] * len(rows)
             else:
                 with self.autocast():
                     logits = modelling.logits(self.model, batch).float()
@@ -238,10 +251,27 @@ class Run:
             found = modelling.generate(self.model, prompts, self.max_new, self.tokenizer.sep_id, drafts=drafts)
         return [self.tokenizer.decode(ids) for ids in found]
 
+    def choose(self, examples):
+        """Of each example's options the one that the model finds likeliest behind the prompt, by the sum over its tokens."""
+        rows = [replace(e, label=option) for e in examples for option in e.options]
+        features, scores = self.features(rows), torch.empty(len(rows))
+        for batch in data.batches(features, self.task, self.settings.batch_size, self.tokenizer.pad_id):
+            index, batch = batch.pop("index"), to_device(batch, self.device)
+            where = batch["labels"] != data.IGNORED
+            begins = torch.tensor([features[i]["prompt"] - 1 for i in index], device=self.device)  # of the last answer
+            where &= torch.arange(where.shape[1], device=self.device) >= begins[:, None]
+            with self.autocast():
+                logits = modelling.logits(self.model, batch, where).float()  # (N, V)
+            p = logits.log_softmax(-1).gather(1, batch["labels"][where][:, None])[:, 0]
+            scores[index] = torch.stack([part.sum() for part in p.split(where.sum(1).tolist())]).cpu()
+        parts = scores.split([len(e.options) for e in examples])
+        return [e.options[int(part.argmax())] if len(part) else "" for e, part in zip(examples, parts)]
+
     def evaluate(self):
         """{"dev_loss": mean over labels, metric: value, ...} on the development set, the task's headline metric first."""
-        found = self.predict(self.dev, self.dev_features)
-        scores = {} if self.task.pretraining else metrics.score(self.task, self.dev, found["answers"])
+        scored = self.task.metrics != ("loss",)
+        found = self.predict(self.dev, self.dev_features, scored)
+        scores = {} if not scored else metrics.score(self.task, self.dev, found["answers"])
         return {"dev_loss": found["loss"], **scores}
 
     def watch(self):
@@ -275,15 +305,24 @@ def load_task(s):
     """(task, training examples, development examples)."""
     if s.text:
         task, rows = data.load_custom(s.data, s.text, s.label)
-        if s.dev is None:  # a tenth at random, the same for every seed of the run
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-            dev = set(order[: max(1, len(rows) // 10)])
-            train = [r for i, r in enumerate(rows) if i not in dev]
-            return task, train[: s.rows], [rows[i] for i in sorted(dev)]
-        return task, rows[: s.rows], data.load(task, s.dev, "dev")
+        return task, *split(s, rows, data.load(task, s.dev, "dev") if s.dev else None)
     task = data.TASKS[s.task]
+    if s.task == "sft":
+        columns = tuple((name,) for name in [*s.prompt, s.answer]) if s.prompt else ()
+        template = s.template if s.template in (None, "chat") else instructions.read_template(s.template)
+        task = replace(task, columns=columns, template=template or "", metrics=(s.score or task.metrics[0],))
+        return task, *split(s, data.load(task, s.data), data.load(task, s.dev) if s.dev else None)
     train, dev = (data.load(task, s.data, split) for split in ("train", "dev"))
     return task, train[: s.rows], dev
+
+
+def split(s, rows, dev):
+    """(training, development) rows; without `dev` a tenth at random, the same for every seed of the run."""
+    if dev is None:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        held = set(order[: max(1, len(rows) // 10)])
+        rows, dev = [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+    return rows[: s.rows], dev
 
 
 def build_model(s, task):

@@ -8,13 +8,14 @@ import argparse
 import dataclasses
 import math
 import os
+import shlex
 import textwrap
 import types
 import typing
 from dataclasses import dataclass, field
 
 import data
-from harness.methods import FROM_RUN, METHODS, ONLY_WITH, options, takes_targets
+from harness.methods import BACKBONE_RATES, FROM_RUN, METHODS, ONLY_WITH, options, takes_targets
 
 # Passes over the rows of a generated task, where not EPOCHS: chosen with LoRA alone, on seed 100 (bench/rates.md).
 EPOCHS = 6
@@ -22,6 +23,7 @@ TASK_EPOCHS = {"sst2": 3, "mrpc": 1, "qqp": 1, "stsb": 1, "mnli": 2, "qnli": 2, 
 FEW = ", ".join(f"{task} {n}" for task, n in TASK_EPOCHS.items())
 HEAD_RATE = 1e-3  # of the task head beside any method: swept once, with LoRA (docs/rates.md)
 RATES, DECAYS = (", ".join(f"{name} {facts[i]:g}" for name, facts in METHODS.items()) for i in (2, 3))
+REAL_RATES = ", ".join(f"{name} {rate:g}" for name, (rate, _) in BACKBONE_RATES.items())
 
 
 def count(text):
@@ -61,6 +63,12 @@ class Settings:
     text: list[str] | None = flag(None, "your own file: its one or two columns of text", nargs="+", metavar="COLUMN")
     label: str | None = flag(None, "your own file: its column of labels", metavar="COLUMN")
     dev: str | None = flag(None, "your own development file (default: a random tenth of --data)", metavar="FILE")
+    prompt: list[str] | None = flag(None, "task sft: the columns of the prompt (default: as in the published sets)", nargs="+", metavar="COLUMN")
+    answer: str | None = flag(None, "task sft: the column of the answer", metavar="COLUMN")
+    template: str | None = flag(None, "task sft: a file with the columns' names in braces, or chat, the tokenizer's own template",
+                                metavar="FILE")
+    score: str | None = flag(None, "task sft: what the answers are judged by (default exact_match)",
+                             choices=("exact_match", "last_number", "boxed", "choice", "loss"))
     # GLUE sentences are short; Table V of TriAdaptLoRA has 64 to 512.
     max_length: int = flag(128, "tokens, longer texts are cut (default 128)", type=count)
     rows: int | None = flag(None, "use the first ROWS training rows only", type=count)
@@ -85,7 +93,7 @@ class Settings:
     max_steps: int | None = flag(None, "stop after this many optimizer steps, if that is sooner", type=count)
     batch_size: int = flag(32, "rows per batch (default 32, as three of the papers)", type=count)
     accumulate: int = flag(1, "batches per optimizer step (default 1)", type=count)
-    lr: float | None = flag(None, f"peak learning rate (default: {RATES})", type=number)
+    lr: float | None = flag(None, f"peak learning rate (default: {RATES}; with --backbone: {REAL_RATES})", type=number)
     head_lr: float | None = flag(None, f"peak learning rate of the task head (default {HEAD_RATE:g}; --lr for method head)", type=number)
     schedule: str = flag("linear", "after the warm-up (default linear, as three of the papers)", choices=("linear", "cosine", "constant"))
     # 6 % is RoBERTa's and TLoRA's.
@@ -167,15 +175,27 @@ class Parser(argparse.ArgumentParser):
         """One line on stderr instead of the usage and a line."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def convert_arg_line_to_args(self, line):
+        """The flags on a line of an @FILE: words as in a shell, # begins a comment."""
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as e:
+            self.error(f"{e} in the line {shown(line)} of an @FILE")
+        if files := [word for word in words if word.startswith("@")]:
+            self.error(f"{shown(files[0])} stands in an @FILE, which names no other")
+        return words
+
 
 def build_parser(description=None):
     """Flags of the run in groups, then the methods' own; a flag that is not given is None."""
     p = Parser(
         prog="train.py",
-        usage="python train.py [--method METHOD] [--task TASK] [flags]",
+        usage="python train.py [@FILE] [--method METHOD] [--task TASK] [flags]",
         description=description,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110),
         allow_abbrev=False,
+        fromfile_prefix_chars="@",
+        epilog="@FILE stands for the flags in that file, as recipes/ has them of the papers' runs; flags behind it win.",
     )
     for f in dataclasses.fields(Settings):
         more = dict(f.metadata)
@@ -264,13 +284,25 @@ def parse(argv, description=None):
     return settings
 
 
+def default_rate(s):
+    """(the learning rate where --lr names none, where it is from)."""
+    if s.backbone:
+        rate, source = BACKBONE_RATES[s.method]
+        return rate, f"default for real checkpoints: {source}"
+    return METHODS[s.method][2], "default of the generated tasks"
+
+
 def check(s):
     """Refuse flags that do not go together, and fill in what follows from the method and the task."""
-    for name in ("out", "data", "label", "dev", "backbone", "base", "save_base", "export_peft", "export_merged", "compare"):
+    for name in ("out", "data", "label", "dev", "backbone", "base", "save_base", "export_peft", "export_merged", "compare", "answer", "template"):
         if getattr(s, name) == "":
             raise ValueError(f"--{name.replace('_', '-')} is empty")
-    if s.text is None and (s.label or s.dev):
+    if s.text is None and (s.label or s.dev and s.task != "sft"):
         raise ValueError("--label and --dev go with --text COLUMN, for a file of your own")
+    if s.task != "sft" and (s.prompt or s.answer or s.template or s.score):
+        raise ValueError("--prompt, --answer, --template and --score go with --task sft")
+    if bool(s.prompt) != bool(s.answer) or s.template not in (None, "chat") and not s.prompt:
+        raise ValueError("--prompt COLUMN and --answer COLUMN go together, and a --template FILE with them")
     if s.text is not None and (s.data is None or s.label is None):
         raise ValueError("--text goes with --data FILE and --label COLUMN")
     if s.text is not None and s.label in s.text:
@@ -309,7 +341,7 @@ def check(s):
     if s.epochs is None:
         s.epochs = EPOCHS if s.data else TASK_EPOCHS.get(s.task, EPOCHS)
     if s.lr is None:
-        s.lr = METHODS[s.method][2]
+        s.lr = default_rate(s)[0]
     if s.head_lr is None:
         s.head_lr = s.lr if s.method == "head" else HEAD_RATE
     if s.weight_decay is None:

@@ -48,8 +48,8 @@ class Tokenizer:
 
     def encode(self, texts, max_length=None, truncation="longest_first"):
         """One dict for each tuple of one or two texts: input_ids, token_type_ids, offsets (start, end)
-        in its text, sequence (which text a token is of, None for a special token). All as long as
-        the row; at most max_length. truncation: longest_first or only_second."""
+        in its text, sequence (which text a token is of, None for a special token), all as long as
+        the row; at most max_length, and `cut`, whether more was there. truncation: longest_first or only_second."""
         if max_length is None:
             self.backend.no_truncation()
         else:
@@ -59,7 +59,8 @@ class Tokenizer:
             ids = e.ids or [self.sep_id]  # an empty text under a tokenizer that adds nothing
             types = e.type_ids if e.ids and self.typed else [0] * len(ids)
             places, sequence = e.offsets or [(0, 0)], e.sequence_ids or [None]
-            rows.append({"input_ids": ids, "token_type_ids": types, "offsets": places, "sequence": sequence})
+            cut = bool(e.overflowing)
+            rows.append({"input_ids": ids, "token_type_ids": types, "offsets": places, "sequence": sequence, "cut": cut})
         return rows
 
     def decode(self, ids):

@@ -1,6 +1,7 @@
 """What is exported gives our logits in PEFT and in plain transformers."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
 from test_backbones import build_model, build_tokenizer  # noqa: E402
 
 import data  # noqa: E402
 import export  # noqa: E402
+import predict  # noqa: E402
 import train  # noqa: E402
 from harness import backbones, exports  # noqa: E402
 from harness.run import Run  # noqa: E402
@@ -184,3 +187,273 @@ def test_mistakes_end_in_one_line(csv, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         export.main(["run"])
     assert stop.value.code == 2 and "give --peft DIR or --merged DIR" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- folders that stand alone
+
+
+def execute(folder, monkeypatch, capsys):
+    """(names, what was printed) of the Python in a folder's README.md, run there."""
+    text = (folder / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    names = {}
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        exec(code, names)
+    return names, capsys.readouterr().out.strip()
+
+
+def check_cards(run, tmp_path, monkeypatch, capsys, answer):
+    """Both folders of a run give its logits by their README's lines alone, and print the `answer` to the README's text."""
+    with torch.no_grad():
+        ours = logits(run.model, batch())
+        exports.export_peft(run, tmp_path / "peft")
+        exports.export_merged(run, tmp_path / "merged")
+        for folder in (tmp_path / "peft", tmp_path / "merged"):
+            names, printed = execute(folder, monkeypatch, capsys)
+            model = getattr(names["model"], "base_model", None) if folder.name == "peft" else None
+            model = model.model if model else names["model"]
+            assert not model.training and (logits(model, batch()) - ours).abs().max() < BOUND * max(1, ours.abs().max())
+            assert printed == answer or float(printed.strip("[]")) == pytest.approx(float(answer), abs=1e-4)
+            for file in folder.iterdir():  # nothing but the base lies on this machine
+                assert str(tmp_path) not in file.read_bytes().decode("latin1"), file
+            assert transformers.AutoTokenizer.from_pretrained(folder)("w5")["input_ids"] == run.tokenizer.encode([("w5",)])[0]["input_ids"]
+    return names["model"]
+
+
+def write_csv(path, labels):
+    rows = [f"w{3 + i % 30} w{4 + i % 7} w{9 + i % 5},{labels[i % len(labels)]}" for i in range(40)]
+    path.write_text("\n".join(["text,label", *rows]) + "\n")
+    return str(path)
+
+
+def train_run(tmp_path, base, labels, *more):
+    """A run of the real loop on rows with these labels; it leaves tmp_path/run."""
+    argv = ["--backbone", base, "--data", write_csv(tmp_path / "rows.csv", labels), "--text", "text", "--label", "label"]
+    argv += ["--max-length", "32", "--epochs", "2", "--lr", "0.05", "--no-figures", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert train.main([*argv, *more]) == 0
+    return str(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def three_classes(tmp_path_factory):
+    """A base that brings a head of its own, for three classes."""
+    place = str(tmp_path_factory.mktemp("three"))
+    torch.manual_seed(0)
+    config = build_model("roberta").config
+    config.num_labels = 3
+    transformers.RobertaForSequenceClassification(config).save_pretrained(place)
+    build_tokenizer("roberta").save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("labels", [("no", "yes"), ("it's", 'a "b"', "c", "d")], ids=["two", "four"])
+@pytest.mark.parametrize("own_head", [False, True])
+def test_the_lines_of_a_classifiers_card_give_its_logits_and_names(
+    folders, three_classes, tmp_path, monkeypatch, capsys, labels, own_head
+):
+    base = three_classes if own_head else folders["roberta"]
+    out = train_run(tmp_path, base, labels, "--method", "triadapt", "--interval", "1", "--t0", "0")
+    assert export.main([out, "--peft", str(tmp_path / "a"), "--merged", str(tmp_path / "b")]) == 0
+    card = (tmp_path / "a" / "README.md").read_text()
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"| accuracy | {last['accuracy']:.4f} |" in card and f"| dev_loss | {last['dev_loss']:.4f} |" in card
+    assert f"python train.py --backbone {base} --data rows.csv " in card and " --out run\n" in card and "- data: rows.csv" in card
+    assert f"- task: custom, classification ({', '.join(labels)})" in card
+    yaml = pytest.importorskip("yaml")  # transformers needs it
+    front = yaml.safe_load(card.split("---\n")[1])
+    tags = ["triadapt", "lora"]
+    assert front == {"base_model": base, "library_name": "peft", "pipeline_tag": "text-classification", "tags": tags}
+    run = Run.open(out)
+    (found,) = run.predict([data.Example("0", ("a text",))])["answers"]
+    model = check_cards(run, tmp_path, monkeypatch, capsys, str([labels[found]]))
+    assert model.config.id2label == dict(enumerate(labels)) and model.config.label2id == {name: i for i, name in enumerate(labels)}
+
+
+def test_the_lines_of_a_regressions_card_give_its_scores(folders, tmp_path, monkeypatch, capsys):
+    run = Run.open(train_run(tmp_path, folders["bert"], ("0.5", "1.25", "3"), "--method", "lora"))
+    (score,) = run.predict([data.Example("0", ("a text",))])["answers"]
+    check_cards(run, tmp_path, monkeypatch, capsys, str(score))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_lines_of_a_decoders_card_classify_with_its_padding(folders, tmp_path, monkeypatch, capsys, family):
+    run = trained(folders[family], "lora")
+    run.settings.max_length = 32
+    (found,) = run.predict([data.Example("0", ("a text",))])["answers"]
+    backbone = run.model.config.pad_token_id
+    assert check_cards(run, tmp_path, monkeypatch, capsys, str([LABELS[found]])).config.pad_token_id == backbone
+
+
+def language_model(folder):
+    """A run of a causal language model whose adapter matters."""
+    torch.manual_seed(0)
+    model, tokenizer = backbones.load(folder, "lm")
+    settings = Settings(method="lora", backbone=folder, max_length=32)
+    run = Run(settings, data.TASKS["math"], model, data.Tokenizer(tokenizer), "", max_new=5)
+    run.layers = run.method.inject(model, default_targets(model), rank=2)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    model.eval()
+    return run
+
+
+def test_the_lines_of_a_language_models_card_write_what_the_run_writes(folders, tmp_path, monkeypatch, capsys):
+    run = language_model(folders["llama"])
+    (text,) = run.predict([data.Example("0", ("a question",))])["answers"]
+    assert text
+    check_cards(run, tmp_path, monkeypatch, capsys, text)
+
+
+def test_the_lines_of_a_span_readers_card_run(folders, tmp_path, monkeypatch, capsys):
+    run = trained(folders["roberta"], "lora", "span")
+    exports.export_peft(run, tmp_path / "peft")
+    names, _ = execute(tmp_path / "peft", monkeypatch, capsys)
+    with torch.no_grad():
+        assert (logits(names["model"].base_model.model, batch()) - logits(run.model, batch())).abs().max() < BOUND
+
+
+def test_a_command_keeps_no_folder_but_the_bases():
+    command = "python train.py --backbone '/a b/base' --data=/x/y/rows.csv --text a/b --out /x/run/ --lr 1e-3"
+    assert exports.portable(command) == "python train.py --backbone '/a b/base' --data rows.csv --text a/b --out run --lr 1e-3"
+
+
+# ------------------------------------------------------------------- and back
+
+
+def test_a_lora_goes_to_peft_and_comes_back(folders, tmp_path, capsys):
+    out, new = train_run(tmp_path, folders["roberta"], LABELS, "--method", "lora", "--rank", "3"), str(tmp_path / "new")
+    assert export.main([out, "--peft", str(tmp_path / "a")]) == 0
+    assert export.main([new, "--from-peft", str(tmp_path / "a"), "--peft", str(tmp_path / "b")]) == 0
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["settings"]["options"] == {"rank": 3, "alpha": 3.0, "dropout": 0.0}
+    rows = data.load(Run.open(new).task, str(tmp_path / "rows.csv"), "test")
+    before, after = (torch.tensor(Run.open(place).predict(rows)["probabilities"]) for place in (out, new))
+    assert (before - after).abs().max() < BOUND
+    plain = Run.open(new)
+    for name in plain.layers:
+        plain.model.get_submodule(name).B.data.zero_()
+    assert (torch.tensor(plain.predict(rows)["probabilities"]) - after).abs().max() > 0.01
+    said = []
+    for place in (out, new):
+        capsys.readouterr()
+        assert predict.main([place, str(tmp_path / "rows.csv"), "--device", "cpu"]) == 0
+        said.append([line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()])
+    assert said[0] == said[1] and len(said[0]) == 41
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all((a[key] - b[key]).abs().max() < BOUND for key in a)
+
+
+@pytest.mark.parametrize("family, name", [("gpt2", "triadapt"), ("bert", "triadapt"), ("t5", "pissa"), ("llama", "task_tlora")])
+def test_any_export_but_doras_comes_back_as_lora(folders, tmp_path, family, name):
+    run = trained(folders[family], name)
+    run.settings.max_length, run.settings.out = 32, None
+    exports.export_peft(run, tmp_path / "a")
+    exports.from_peft(tmp_path / "a", Settings(method="lora", out=str(tmp_path / "new")))
+    back = Run.open(str(tmp_path / "new"))
+    with torch.no_grad():
+        ours, theirs = logits(run.model, batch()), logits(back.model, batch())
+    assert back.settings.max_length == 32 and back.task == run.task
+    assert (ours - theirs).abs().max() < BOUND * max(1, ours.abs().max())
+
+
+def test_a_language_model_comes_back(folders, tmp_path):
+    run = language_model(folders["llama"])
+    exports.export_peft(run, tmp_path / "a")
+    exports.from_peft(str(tmp_path / "a"), Settings(method="lora", out=str(tmp_path / "new")))
+    rows = [data.Example(str(i), (f"w{i} w{i + 9}",)) for i in range(9)]
+    back = Run.open(str(tmp_path / "new"))
+    assert back.max_new == 5 and back.predict(rows)["answers"] == run.predict(rows)["answers"]
+
+
+@pytest.fixture(scope="module")
+def foreign(folders, tmp_path_factory):
+    """(folder of an adapter that PEFT itself wrote, its logits)."""
+    torch.manual_seed(3)
+    base = plain(folders["roberta"])
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value", "output.dense"], lora_dropout=0.1,
+                             rank_pattern={"query": 2}, alpha_pattern={"layer.1.attention.self.value": 3, "value": 5})  # fmt: skip
+    model = peft.get_peft_model(base, config).eval()
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    place = tmp_path_factory.mktemp("foreign")
+    model.save_pretrained(place)
+    with torch.no_grad():
+        return place, logits(model.base_model.model, batch())
+
+
+def test_a_foreign_adapter_comes_in_once_its_classes_are_said(folders, foreign, tmp_path, capsys):
+    place, theirs = foreign
+    new, asked = str(tmp_path / "new"), ["--from-peft", str(place), "--max-length", "32"]
+    for more, words in [
+        ([], "has no task.json, which an export from here has: give --task or --labels"),
+        (["--labels", "a", "b"], "adapter and model do not fit"),
+        (["--labels", "a", "a", "b"], "--labels are two different ones"),
+        (["--task", "math"], "is an adapter for SEQ_CLS, task math is lm"),
+    ]:
+        assert export.main([new, *asked, *more]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1 and not (tmp_path / "new").exists()
+    assert export.main([new, *asked, "--labels", *LABELS]) == 0
+    run = Run.open(new)
+    assert run.settings.options == {"rank": 4, "alpha": 8.0, "dropout": 0.1} and run.task.labels == LABELS
+    with torch.no_grad():
+        ours = logits(run.model, batch())
+        assert (ours - theirs).abs().max() < BOUND * max(1, theirs.abs().max())
+        assert (logits(plain(folders["roberta"]), batch()) - theirs).abs().max() > 0.05
+    assert export.main([new, *asked, "--labels", *LABELS]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+A = "base_model.model.roberta.encoder.layer.0.attention.self.query.lora_A.weight"
+WRONG = [
+    ({"use_dora": True}, "use_dora is true: only a plain LoRA is read"),
+    ({"use_rslora": True}, "use_rslora is true"),
+    ({"bias": "all"}, 'bias is "all"'),
+    ({"peft_type": "IA3"}, 'peft_type is "IA3"'),
+    ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa"'),
+    ({"target_parameters": ["x"]}, "target_parameters is"),
+    ({"a_key_of_a_later_peft": {"x": 1}}, "a_key_of_a_later_peft is"),
+    ({"lora_alpha": "8"}, "'lora_alpha' is '8', expected float"),
+    ({"alpha_pattern": {"nothing": 2}}, "alpha_pattern names nothing"),
+    ({"base_model_name_or_path": None}, "names no base: give --backbone"),
+    ({A: None}, "are no A (r, n) and B (m, r)"),
+    ({A: torch.ones(3, 16)}, "are no A (r, n) and B (m, r)"),
+    ({A: torch.full((2, 16), torch.nan)}, "holds NaN or infinity"),
+    ({"base_model.model.roberta.embeddings.word_embeddings.weight": torch.ones(40, 16)}, "is neither a LoRA matrix nor of the head"),
+    ({"base_model.model.nowhere.lora_A.weight": torch.ones(2, 3), "base_model.model.nowhere.lora_B.weight": torch.ones(3, 2)}, "nowhere"),
+]
+
+
+@pytest.mark.parametrize("change, words", WRONG)
+def test_other_adapters_are_refused_in_one_line(foreign, tmp_path, capsys, change, words):
+    tensors = load_file(foreign[0] / "adapter_model.safetensors")
+    adapter = json.loads((foreign[0] / "adapter_config.json").read_text())
+    for key, value in change.items():
+        if key.startswith("base_model.model"):
+            tensors[key] = value
+        else:
+            adapter[key] = value
+    save_file({key: value for key, value in tensors.items() if value is not None}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    argv = [str(tmp_path / "new"), "--from-peft", str(tmp_path), "--labels", *LABELS, "--max-length", "32"]
+    assert export.main(argv) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_no_pickle_is_read_and_another_base_is_noticed(folders, three_classes, foreign, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text((foreign[0] / "adapter_config.json").read_text())
+    torch.save(load_file(foreign[0] / "adapter_model.safetensors"), tmp_path / "a" / "adapter_model.bin")
+    argv = [str(tmp_path / "new"), "--from-peft", str(tmp_path / "a"), "--labels", *LABELS, "--max-length", "32"]
+    assert export.main(argv) == 2 and "does not exist, and no other format is read" in capsys.readouterr().err
+    (tmp_path / "a" / "adapter_model.bin").rename(tmp_path / "a" / "adapter_model.safetensors")
+    assert export.main(argv) == 2 and "cannot be read as safetensors" in capsys.readouterr().err
+    out = train_run(tmp_path, folders["roberta"], LABELS, "--method", "lora", "--export-peft", str(tmp_path / "b"))
+    argv = [str(tmp_path / "new"), "--from-peft", str(tmp_path / "b"), "--backbone", three_classes]
+    capsys.readouterr()
+    assert out and export.main(argv) == 2 and "was trained on another base" in capsys.readouterr().err
+    assert export.main([*argv, "--force"]) == 0

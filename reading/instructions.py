@@ -1,0 +1,195 @@
+"""Instruction data: prompts with their answers, as columns of a table or as chats, the way the papers' sets are published.
+
+    {"instruction": "Add.", "input": "1 and 2", "output": "3"}             Commonsense170K, WizardLM-Evol, Alpaca
+    {"query": "How many are 1 and 2?", "response": "The answer is: 3"}     MetaMathQA
+    {"messages": [{"role": "user", "content": ".."}, {"role": "assistant", "content": ".."}]}       Code-Feedback
+    {"conversations": [{"from": "human", "value": ".."}, {"from": "gpt", "value": ".."}]}           WizardLM, ShareGPT
+
+A file is JSON lines or one JSON list. An example's text is its turns, ((role, words), ..), up to the last answer, which is
+the label.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+from reading import files
+from reading.files import Example, bad, brief
+
+# Columns of prompts, and of the answer, that are found without being named.
+KNOWN = [(("instruction", "input"), "output"), (("query",), "response"), (("question",), "answer"), (("prompt",), "completion")]
+CHATS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+@dataclass
+class Chat(Example):
+    """An Example of turns. `options`: the answers to choose among, where the file gives them."""
+
+    options: tuple = ()
+
+
+def read(path, prompt=(), answer=None, template="", labelled=True):
+    """Chats of a file. `prompt` and `answer` name columns (default: what KNOWN or CHATS finds in the first row);
+    `template` has the columns' names in braces, "" joins them line by line. Without `labelled` the answer may be missing."""
+    rows = rows_of(path)
+    first = rows[0][1]
+    chat = next((key for key in CHATS if key in first), None) if not prompt else None
+    if not prompt and not chat:
+        prompt, answer = next((known for known in KNOWN if known[0][0] in first), (None, None))
+        if prompt is None:
+            raise bad(path, rows[0][0], f"no column of prompts is known among {brief(', '.join(first), 200)}: name them with --prompt, --answer")
+        prompt = tuple(name for name in prompt if name in first)
+    examples = []
+    for i, (line, row) in enumerate(rows):
+        turns = chat_turns(path, line, row, chat) if chat else column_turns(path, line, row, prompt, answer, template)
+        label = turns.pop()[1] if turns[-1][0] == "assistant" else None
+        if label is None and labelled:
+            raise bad(path, line, "there is no answer to learn from")
+        options = row.get("options", ())
+        if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
+            raise bad(path, line, f"'options' is {brief(options)}, expected a list of texts")
+        examples.append(Chat(str(row.get("id", i)), tuple(turns), label, tuple(options)))
+    return examples
+
+
+def rows_of(path):
+    """[(line, object)] of JSON lines or of one JSON list."""
+    text = files.read_text(path)
+    if not text.lstrip().startswith("["):
+        return files.json_rows(path, text)
+    rows, at, line = [], text.index("[") + 1, 1
+    gap = re.compile(r"[\s,]*")
+    while (start := gap.match(text, at).end()) < len(text) and text[start] != "]":
+        line = text.count("\n", 0, start) + 1 if not rows else line + text.count("\n", at, start)
+        try:
+            end = json.JSONDecoder().raw_decode(text, start)[1]
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise bad(path, line, f"not JSON: {getattr(error, 'msg', 'nested too deep')}") from None
+        row = files.parse_json(path, line, text[start:end])
+        if not isinstance(row, dict):
+            raise bad(path, line, f"expected a JSON object, found {brief(row)}")
+        rows.append((line, row))
+        line, at = line + text.count("\n", start, end), end
+    if not rows:
+        raise bad(path, 1, "a list without rows")
+    if text[start:].strip() != "]":
+        raise bad(path, line, "the list does not end behind its last row")
+    return rows
+
+
+def column_turns(path, line, row, prompt, answer, template):
+    """[("user", prompt), ("assistant", answer)]; the second only where the row has it."""
+    parts = {name: words(path, line, row, name) for name in prompt}
+    try:
+        asked = template.format_map({**row, **parts}) if template else "\n".join(filter(None, parts.values()))
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise bad(path, line, f"the template does not fit the row: {brief(str(error))}") from None
+    if not asked:
+        raise bad(path, line, f"the prompt ({', '.join(prompt)}) is empty")
+    turns = [("user", asked)]
+    if answer is not None and row.get(answer) is not None:
+        turns.append(("assistant", words(path, line, row, answer)))
+    return turns
+
+
+def chat_turns(path, line, row, key):
+    """[(role, words), ..] of a chat: after a system's words, user and assistant take turns."""
+    role_key, words_key = CHATS[key]
+    listed = files.get(path, line, row, key)
+    if not isinstance(listed, list) or not listed or not all(isinstance(turn, dict) for turn in listed):
+        raise bad(path, line, f"{key!r} is {brief(listed)}, expected a list of turns")
+    turns = []
+    for n, turn in enumerate(listed, 1):
+        role = ROLES.get(turn.get(role_key))
+        if role is None:
+            raise bad(path, line, f"turn {n}: {role_key!r} is {brief(turn.get(role_key))}, expected one of {', '.join(ROLES)}")
+        due = "user" if not turns or turns[-1][0] != "user" else "assistant"
+        if role != due and not (role == "system" and not turns):
+            raise bad(path, line, f"turn {n} is the {role}'s, expected the {due}'s")
+        turns.append((role, words(path, line, turn, words_key)))
+    return turns
+
+
+def words(path, line, row, name):
+    value = files.get(path, line, row, name)
+    if not isinstance(value, str):
+        raise bad(path, line, f"{name!r} is {brief(value)}, expected a text")
+    return value
+
+
+def read_template(path):
+    """The text of a template's file, with column names in braces; the line end at its end is none of it."""
+    text = files.read_text(path).removesuffix("\n")
+    if not re.search(r"\{\w+\}", text):
+        raise ValueError(f"{path}: no column in braces, as {{instruction}}")
+    return text
+
+
+def encode(examples, tokenizer, max_length, chat=False):
+    """Rows for the model: input_ids, `learn` (which tokens are of an answer, its end included), `prompt` (tokens before the
+    last answer) and `cut` (whether something did not fit).
+
+    Without `chat` the turns stand on lines of their own where the tokenizer ends no text, and an answer ends with sep_id.
+    With it the tokenizer's own chat template frames them. A prompt that is too long loses its beginning, an answer its end.
+    """
+    pieces = [framed(example, tokenizer) if chat else plain(example) for example in examples]
+    texts = [text for parts in pieces for text, _ in parts]
+    tokenizer.backend.encode_special_tokens = not chat  # a template's marks are no text
+    encoded = iter(tokenizer.encode([(text,) for text in texts]))
+    tokenizer.backend.encode_special_tokens = True
+    newline = own(tokenizer.encode([("\n",)])[0])
+    rows = []
+    for parts in pieces:
+        ids, learn, start = [], [], 0
+        for n, (_, answer) in enumerate(parts):
+            row = next(encoded)
+            if answer:
+                start = len(ids)
+                part = own(row) + [tokenizer.sep_id] * (not chat)
+            else:
+                part = own(row) if chat or ids else row["input_ids"] + newline * (row["sequence"][-1] is not None)
+                part = part + newline * (bool(ids) and not chat)
+            ids, learn = ids + part, learn + [answer] * len(part)
+        start = start if parts[-1][1] else len(ids)
+        rows.append(fitted(ids, learn, start, max_length))
+    return rows
+
+
+def fitted(ids, learn, start, max_length):
+    cut = len(ids) > max_length
+    drop = max(start - max_length // 2, 0) if cut else 0  # the beginning, until the answer has half the places
+    drop = min(drop, len(ids) - max_length) if cut else 0
+    ids, learn, start = ids[drop:][:max_length], learn[drop:][:max_length], start - drop
+    return {"input_ids": ids, "learn": learn, "prompt": start, "token_type_ids": None, "cut": cut}
+
+
+def plain(example):
+    """[(text, whether it is an answer)] of the turns, one after the other."""
+    turns = [(text, role == "assistant") for role, text in example.text]
+    return turns + ([] if example.label is None else [(example.label, True)])
+
+
+def framed(example, tokenizer):
+    """The same as the tokenizer's chat template writes them: an answer is what its turn adds to the text before it."""
+    source = tokenizer.source
+    if not getattr(source, "chat_template", None):
+        raise ValueError("--template chat: the tokenizer has no chat template")
+    messages = [{"role": role, "content": text} for role, text in example.text]
+    messages += [] if example.label is None else [{"role": "assistant", "content": example.label}]
+    pieces, before = [], ""
+    for n, message in enumerate(messages):
+        if message["role"] == "system":
+            continue
+        answer = message["role"] == "assistant"
+        text = source.apply_chat_template(messages[: n + 1], tokenize=False, add_generation_prompt=not answer)
+        if not text.startswith(before):
+            raise ValueError("--template chat: the tokenizer's template changes earlier turns when a turn is added")
+        pieces.append((text[len(before) :], answer))
+        before = text
+    return pieces
+
+
+def own(row):
+    """Token ids of an encoded row without the special tokens around its text."""
+    return [i for i, s in zip(row["input_ids"], row["sequence"]) if s is not None]

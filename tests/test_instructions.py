@@ -1,0 +1,190 @@
+"""reading/instructions.py and --task sft: published layouts, templates, which tokens are learned, scores, whole runs."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import data
+import predict
+import train
+from harness import metrics
+from harness.run import Run
+from reading import instructions
+
+# Two rows of each published set, written for this test in its layout.
+PUBLISHED = {
+    "commonsense_170k.json": ([{"instruction": "Is ice cold?", "input": "", "output": "the correct answer is true", "answer": "true"},
+                               {"instruction": "Pick one.", "input": "a or b", "output": "the correct answer is b", "answer": "b"}],
+                              [((("user", "Is ice cold?"),), "the correct answer is true"),
+                               ((("user", "Pick one.\na or b"),), "the correct answer is b")]),
+    "MetaMathQA-395K.json": ([{"query": "How many are 1 and 2?", "response": "1+2=3\nThe answer is: 3", "type": "GSM_SV", "original_question": "?"},
+                              {"query": "2 times 4?", "response": "The answer is: 8", "type": "MATH_FOBAR", "original_question": "?"}],
+                             [((("user", "How many are 1 and 2?"),), "1+2=3\nThe answer is: 3"), ((("user", "2 times 4?"),), "The answer is: 8")]),
+    "Code-Feedback.jsonl": ([{"id": 7, "messages": [{"role": "user", "content": "sort"}, {"role": "assistant", "content": "sorted(x)"},
+                                                    {"role": "user", "content": "backwards"}, {"role": "assistant", "content": "x[::-1]"}]},
+                             {"id": 8, "messages": [{"role": "user", "content": "sum"}, {"role": "assistant", "content": "sum(x)"}]}],
+                            [((("user", "sort"), ("assistant", "sorted(x)"), ("user", "backwards")), "x[::-1]"), ((("user", "sum"),), "sum(x)")]),
+    "WizardLM_evol_instruct_V2_143k.json": ([{"idx": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+                                             {"idx": "b", "conversations": [{"from": "human", "value": "bye"}, {"from": "gpt", "value": "see you"}]}],
+                                            [((("user", "hi"),), "hello"), ((("user", "bye"),), "see you")]),
+}  # fmt: skip
+
+
+def written(path, rows):
+    path.write_text(json.dumps(rows, indent=1) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sets_are_read_as_they_are(name, tmp_path):
+    rows, wanted = PUBLISHED[name]
+    found = instructions.read(written(tmp_path / name, rows))
+    assert [(e.text, e.label) for e in found] == wanted
+    assert [e.id for e in found] == ([str(row["id"]) for row in rows] if "id" in rows[0] else ["0", "1"])
+
+
+def test_named_columns_a_template_and_options(tmp_path):
+    rows = [{"q": "one", "hint": "1", "a": "x", "options": ["x", "y"]}, {"q": "two", "hint": "", "a": "y", "options": []}]
+    path = written(tmp_path / "f.jsonl", rows)
+    found = instructions.read(path, ("q", "hint"), "a")
+    assert [(e.text[0][1], e.label, e.options) for e in found] == [("one\n1", "x", ("x", "y")), ("two", "y", ())]
+    (tmp_path / "t.txt").write_text("Q: {q} ({hint})\nA:\n")
+    found = instructions.read(path, ("q", "hint"), "a", instructions.read_template(tmp_path / "t.txt"))
+    assert [e.text[0][1] for e in found] == ["Q: one (1)\nA:", "Q: two ()\nA:"]
+
+
+@pytest.mark.parametrize(
+    "text, more, words",
+    [
+        ('{"a": "x"}', {}, ":1: no column of prompts is known among 'a': name them with --prompt, --answer"),
+        ('{"query": "x"}', {}, ":1: there is no answer to learn from"),
+        ('{"query": "x", "response": "y"}\n{"query": 3, "response": "y"}', {}, ":2: 'query' is 3, expected a text"),
+        ('{"query": "x", "response": "y"}\n{"response": "y"}', {}, ":2: no 'query'; found: 'response'"),
+        ('{"query": "", "response": "y"}', {}, ":1: the prompt (query) is empty"),
+        ('{"query": "x", "response": "y", "options": "ab"}', {}, ":1: 'options' is 'ab', expected a list of texts"),
+        ('[{"query": "x", "response": "y"},\n\n {"query": "x", "response": 1}]', {}, ":3: 'response' is 1, expected a text"),
+        ('[{"query": "x", "response": "y"},\n {"query": }]', {}, ":2: not JSON: Expecting value"),
+        ('[{"query": "x", "response": "y"}', {}, ":1: the list does not end behind its last row"),
+        ('[{"query": "x", "response": "y"}] []', {}, ":1: the list does not end behind its last row"),
+        ("[]", {}, ":1: a list without rows"),
+        ("[3]", {}, ":1: expected a JSON object, found 3"),
+        ('{"messages": []}', {}, ":1: 'messages' is [], expected a list of turns"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', {}, ":1: turn 1: 'role' is 'bot', expected one of system, user, human, assistant, gpt"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', {}, ":1: turn 1 is the assistant's, expected the user's"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}', {}, ":1: turn 2 is the user's, expected the assistant's"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', {}, ":1: there is no answer to learn from"),
+        ('{"q": "x", "a": "y"}', {"prompt": ("q",), "answer": "b"}, ":1: there is no answer to learn from"),
+        ('{"q": "x", "a": "y"}', {"prompt": ("q",), "answer": "a", "template": "{z}"}, ":1: the template does not fit the row: \"'z'\""),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_with_file_and_line(text, more, words, tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        instructions.read(path, **more)
+    assert str(error.value) == f"{path}{words}"
+
+
+def words_of(tokenizer, ids):
+    return [tokenizer.backend.id_to_token(i) for i in ids]
+
+
+def test_the_loss_is_on_the_answers_alone_token_by_token():
+    tokenizer, task = data.Tokenizer(), data.TASKS["sft"]
+    turns = (("user", "who sings ?"), ("assistant", "the dog"), ("user", "why ?"))
+    row = data.features(task, [instructions.Chat("0", turns, "it is old")], tokenizer, 64)[0]
+    ids, labels = row["input_ids"], row["labels"]
+    first, second = (tokenizer.encode([(text,)])[0]["input_ids"][1:-1] for text in ("the dog", "it is old"))
+    asked, again = (tokenizer.encode([(text,)])[0]["input_ids"] for text in ("who sings ?", "why ?"))
+    sep, newline = tokenizer.sep_id, instructions.own(tokenizer.encode([("\n",)])[0])
+    assert ids == asked + first + [sep] + again[1:-1] + newline + second + [sep]
+    learned = [i for i in labels if i != data.IGNORED]
+    assert learned == first + [sep] + second + [sep]
+    for t, label in enumerate(labels):  # logits at t predict the token at t + 1
+        assert label == data.IGNORED or label == ids[t + 1]
+    assert [t for t, label in enumerate(labels) if label != data.IGNORED][0] == len(asked) - 1
+    assert row["prompt"] == len(ids) - len(second) - 1
+
+
+def test_texts_that_do_not_fit_lose_the_prompts_beginning_and_the_answers_end():
+    tokenizer, task = data.Tokenizer(), data.TASKS["sft"]
+    encode = lambda text: tokenizer.encode([(text,)])[0]["input_ids"]  # noqa: E731
+    for prompt, answer in [("who sings ? " * 20, "it is old"), ("why ?", "the dog is old . " * 20), ("who sings ? " * 20, "the dog . " * 20)]:
+        whole = encode(prompt) + encode(answer)[1:]
+        row = data.features(task, [instructions.Chat("0", (("user", prompt),), answer)], tokenizer, 32)[0]
+        assert len(row["input_ids"]) == 32 and row["cut"]
+        start, kept = len(encode(prompt)), row["prompt"]
+        begin = start - kept
+        assert row["input_ids"] == whole[begin : begin + 32]
+        assert kept <= max(16, 32 - (len(whole) - start)) and any(label != data.IGNORED for label in row["labels"])
+    assert not data.features(task, [instructions.Chat("0", (("user", "why ?"),), "old")], tokenizer, 32)[0]["cut"]
+
+
+def test_scores_of_generated_answers_by_hand():
+    assert metrics.exact_match([" a b", "c"], ["a b ", "C"]) == 0.5
+    assert metrics.last_number(["so #### 1,200", "7", "3", "-.5"], ["it is 1200.", "7 or 8", "none", "1 - 1.5 is -0.5"]) == 0.5
+    labels = [r"so \boxed{\frac{1}{2}}", "1/2", r"\boxed{3}", r"\boxed{4}"]
+    assert metrics.boxed(labels, [r"\boxed{0}, no: \boxed{\frac{1} {2}}", r"\boxed{1/2}", "3", r"\boxed{4"]) == 0.5
+
+
+TINY = "--scratch --width 32 --depth 1 --heads 2 --hidden 32 --threads 1 --device cpu --no-figures --method full --lr 0.01".split()
+
+
+def sft(path, out, *more):
+    return train.main(["--task", "sft", "--data", path, "--out", str(out), *TINY, *map(str, more)])
+
+
+def test_a_run_learns_answers_predicts_them_and_resumes_its_layout(tmp_path, capsys):
+    rng = random.Random(0)
+    animals = {"dog": "barks", "cat": "purrs", "cow": "moos"}
+    rows = [{"ask": f"what does the {a} do {'now ' * rng.randint(0, 3)}?", "say": animals[a]} for a in rng.choices(list(animals), k=120)]
+    path = written(tmp_path / "f.jsonl", rows)
+    assert sft(path, tmp_path / "run", "--prompt", "ask", "--answer", "say", "--epochs", 40) == 0
+    last = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")][-1]
+    assert last["exact_match"] == 1.0
+    other = written(tmp_path / "new.jsonl", [{"ask": f"what does the {a} do ?"} for a in animals])
+    capsys.readouterr()
+    assert predict.main([str(tmp_path / "run"), other, "--format", "jsonl"]) == 0
+    found = [json.loads(line)["prediction"] for line in capsys.readouterr().out.splitlines()]
+    assert found == list(animals.values())
+
+
+def test_among_options_the_likeliest_is_chosen(tmp_path):
+    rng = random.Random(1)
+    rows = [{"query": f"is {n} even ?", "response": "yes it is" if n % 2 == 0 else "no", "options": ["yes it is", "no"]}
+            for n in rng.choices(range(4), k=120)]  # fmt: skip
+    path = written(tmp_path / "f.jsonl", rows)
+    assert sft(path, tmp_path / "run", "--score", "choice", "--epochs", 20) == 0
+    run = Run.open(str(tmp_path / "run"))
+    assert run.predict(run.task and data.load(run.task, path))["answers"] == [row["response"] for row in rows]
+    examples = data.load(run.task, path)[:5]
+    chosen = run.choose(examples)
+    for e, answer in zip(examples, chosen):  # against one text at a time, token by token
+        sums = []
+        for option in e.options:
+            row = run.features([instructions.Chat("0", e.text, option)])[0]
+            ids = torch.tensor([row["input_ids"]])
+            p = run.model(ids).log_softmax(-1)[0]
+            sums.append(sum(p[t - 1, row["input_ids"][t]].item() for t in range(row["prompt"], len(row["input_ids"]))))
+        assert answer == e.options[sums.index(max(sums))] and abs(sums[0] - sums[1]) > 0.1
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--prompt", "ask"], "--prompt COLUMN and --answer COLUMN go together"),
+        (["--template", "t.txt"], "and a --template FILE with them"),
+        (["--prompt", "ask", "--answer", "say", "--template", "missing.txt"], "missing.txt: No such file or directory"),
+        (["--template", "chat"], "--template chat: the tokenizer has no chat template"),
+    ],
+)
+def test_flags_that_do_not_go_together(more, words, tmp_path, capsys):
+    path = written(tmp_path / "f.jsonl", [{"query": "x", "response": "y"}] * 4)
+    try:
+        code = sft(path, tmp_path / "run", *more)
+    except SystemExit as e:
+        code = e.code
+    err = capsys.readouterr().err
+    assert code == 2 and words in err and err.count("\n") == 1
