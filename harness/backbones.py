@@ -19,10 +19,10 @@ CLASSES = {
 }
 
 
-def load(name_or_dir, kind, labels=()):
+def load(name_or_dir, kind, labels=(), dtype=torch.float32):
     """(model, tokenizer) of a checkpoint for a `kind` of task; `labels` are a classification's class names.
 
-    float32 and in eval mode. Padding is on the right, with the end-of-text token where there is no other.
+    In `dtype` (the head in float32) and in eval mode. Padding is on the right, with the end-of-text token where there is no other.
     Conv1D layers (GPT-2) come as nn.Linear: see `delinearize`. A head of the checkpoint's own is kept if it
     fits the task, else drawn at random. ValueError, in one line, if the checkpoint cannot serve.
     """
@@ -48,7 +48,7 @@ def load(name_or_dir, kind, labels=()):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
         options = {
             "config": config,
-            "dtype": torch.float32,  # by default the checkpoint's: in float16 small steps round to nothing
+            "dtype": dtype,  # by default the checkpoint's: in float16 small steps round to nothing
             "ignore_mismatched_sizes": True,  # a head for other classes
             "output_loading_info": True,
             "trust_remote_code": False,  # else it asks on standard input whether to run the checkpoint's Python
@@ -70,6 +70,8 @@ def load(name_or_dir, kind, labels=()):
     accept_drawn(model, lacking, name_or_dir, kind)
     prepare(tokenizer, model, name_or_dir)
     linearize(model)
+    for name in head_modules(model):
+        model.get_submodule(name).float()
     return model, tokenizer
 
 

@@ -109,6 +109,7 @@ class Settings:
     precision: str = flag("auto", "auto: bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16"))
     # On an H200 one function a layer was 2 to 17 % slower than the files' own way (bench/speed-cuda.md), and took 0.8 of the memory.
     fast: bool | None = flag(None, "compute each adapted layer in one autograd function, fast.py (default: on the CPU)")
+    dtype: str = flag("float32", "of a backbone's frozen weights; what is trained stays float32 (default float32)", choices=("float32", "bf16"))
     compile: bool = flag(False, "torch.compile the model")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory")
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", type=count)
@@ -281,6 +282,7 @@ def parse(argv, description=None):
         check(settings)
     except ValueError as e:
         parser.error(str(e))
+    fill_in(settings)
     return settings
 
 
@@ -293,7 +295,7 @@ def default_rate(s):
 
 
 def check(s):
-    """Refuse flags that do not go together, and fill in what follows from the method and the task."""
+    """Refuse flags that do not go together; paths become absolute."""
     for name in ("out", "data", "label", "dev", "backbone", "base", "save_base", "export_peft", "export_merged", "compare", "answer", "template"):
         if getattr(s, name) == "":
             raise ValueError(f"--{name.replace('_', '-')} is empty")
@@ -311,6 +313,14 @@ def check(s):
         raise ValueError("--dev is the same file as --data: the development score would be of rows trained on")
     if s.text is not None and s.task is not None:
         raise ValueError("--task is for known tasks: with --text the task comes from your file")
+    if s.dtype == "bf16":
+        if not s.backbone:
+            raise ValueError("--dtype bf16 goes with --backbone: the tiny bases are small in float32")
+        if s.method in ("full", "bitfit"):
+            raise ValueError(f"method {s.method} trains the base's own weights, whose small steps bf16 rounds away: --dtype float32")
+        if s.precision == "float32":
+            raise ValueError("--dtype bf16 computes in bf16: leave --precision float32 out")
+        s.precision = "bf16"
     if s.fast and s.compile:
         raise ValueError("--fast does not go with --compile, which joins the operations of a layer itself")
     if s.text is None and s.task is None:
@@ -338,6 +348,10 @@ def check(s):
     for name, value in (("warmup", s.warmup), ("betas", max(s.betas))):
         if value >= 1:
             raise ValueError(f"--{name} {value} is not below 1")
+
+
+def fill_in(s):
+    """What was left to follow from the method, the task and the model."""
     if s.epochs is None:
         s.epochs = EPOCHS if s.data else TASK_EPOCHS.get(s.task, EPOCHS)
     if s.lr is None:

@@ -188,3 +188,85 @@ def test_flags_that_do_not_go_together(more, words, tmp_path, capsys):
         code = e.code
     err = capsys.readouterr().err
     assert code == 2 and words in err and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------- Hugging Face's models
+
+
+@pytest.fixture
+def llama(tmp_path):
+    pytest.importorskip("transformers")
+    from test_backbones import build_model, build_tokenizer
+
+    folder = tmp_path / "llama"
+    build_model("llama").save_pretrained(folder)
+    build_tokenizer("llama").save_pretrained(folder)
+    return str(folder)
+
+
+ROWS = [{"query": f"w{3 + i % 7} w{10 + i % 3}", "response": f"w{20 + i % 7} w{30 + i % 3} w9"} for i in range(40)]
+
+
+def test_llama_trains_predicts_and_writes_the_same_tokens_from_peft(llama, tmp_path, capsys):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    path, out = written(tmp_path / "f.jsonl", ROWS), tmp_path / "run"
+    argv = ["--task", "sft", "--data", path, "--backbone", llama, "--method", "lora", "--lr", "0.01", "--epochs", "8"]
+    argv += ["--out", str(out), "--export-peft", str(tmp_path / "peft"), "--threads", "1", "--no-figures", "--max-length", "32"]
+    assert train.main(argv) == 0
+    capsys.readouterr()
+    assert predict.main([str(out), path, "--format", "jsonl"]) == 0
+    found = [json.loads(line)["prediction"] for line in capsys.readouterr().out.splitlines()]
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    tokenizer = data.Tokenizer(transformers.AutoTokenizer.from_pretrained(llama))
+    rows = data.features(data.TASKS["sft"], instructions.read(path), tokenizer, 32)
+    settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
+
+    def answers(model):
+        texts = []
+        for row in rows:
+            ids = torch.tensor([row["input_ids"][: row["prompt"]]])
+            new = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
+            texts.append(tokenizer.decode(new.tolist()))
+        return texts
+
+    untrained = answers(base)
+    adapted = answers(peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval())
+    assert found == adapted != untrained and found.count(found[0]) < len(found)
+
+
+def test_a_chat_template_frames_the_turns_and_its_marks_are_one_token(llama, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = transformers.AutoTokenizer.from_pretrained(llama)
+    source.chat_template = ("{% for m in messages %}<s> {{ 'w4' if m.role == 'user' else 'w5' }} {{ m.content }} </s> {% endfor %}"
+                            "{% if add_generation_prompt %}<s> w5 {% endif %}")  # fmt: skip
+    tokenizer, task = data.Tokenizer(source), data.TASKS["sft"]
+    chat = instructions.Chat("0", (("user", "w6"), ("assistant", "w7 w8"), ("user", "w9 </s>")), "w10")
+    from dataclasses import replace
+
+    row = data.features(replace(task, template="chat"), [chat], tokenizer, 64)[0]
+    #              <s> user w6 </s> <s> assistant | w7 w8 </s> | <s> user w9 </s> </s> <s> assistant | w10 </s>
+    assert row["input_ids"] == [1, 4, 6, 2, 1, 5, 7, 8, 2, 1, 4, 9, 2, 2, 1, 5, 10, 2]
+    assert [i for i in row["labels"] if i != data.IGNORED] == [7, 8, 2, 10, 2] and row["prompt"] == 16
+    plain = data.features(task, [chat], tokenizer, 64)[0]
+    assert 2 not in plain["input_ids"][:3] and plain["input_ids"] != row["input_ids"]
+
+
+def test_a_base_in_bf16_has_adapters_in_float32_and_learns_as_in_float32(llama, tmp_path, capsys):
+    path, losses = written(tmp_path / "f.jsonl", ROWS), {}
+    for dtype in ("float32", "bf16"):
+        argv = ["--task", "sft", "--data", path, "--backbone", llama, "--lr", "0.01", "--epochs", "6", "--dtype", dtype, "--score", "loss"]
+        argv += ["--method", "triadapt", "--out", str(tmp_path / dtype), "--threads", "1", "--no-figures", "--max-length", "32"]
+        assert train.main(argv) == 0
+        losses[dtype] = [json.loads(line)["dev_loss"] for line in open(tmp_path / dtype / "metrics.jsonl")]
+    run = Run.open(str(tmp_path / "bf16"))
+    trained = {p.dtype for p in run.model.parameters() if p.requires_grad}
+    assert trained == {torch.float32} and {p.dtype for p in run.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    print(losses)
+    assert losses["float32"][-1] < losses["float32"][0] - 0.04
+    assert 0 < abs(losses["bf16"][-1] - losses["float32"][-1]) < 0.01
+    found = run.predict(run.task and data.load(run.task, path), answer=False)["loss"]
+    assert found == found
+    for more, words in [(["--method", "full"], "method full trains the base's own weights"), (["--precision", "float32"], "computes in bf16")]:
+        with pytest.raises(SystemExit):
+            train.main(["--task", "sft", "--data", path, "--backbone", llama, "--dtype", "bf16", *more])
+        assert words in capsys.readouterr().err

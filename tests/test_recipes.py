@@ -7,10 +7,11 @@ import shlex
 
 import pytest
 from short import TINY
+from short import rows_of as rows_of_run
 
 import data
 import train
-from harness import methods
+from harness import folder, methods
 from harness.settings import parse
 from reading import files
 
@@ -28,7 +29,8 @@ DEBERTA, T5 = "microsoft/deberta-v3-base", "google-t5/t5-base"
 LLAMA = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "o_proj", "gate_proj"]
 
 # The columns of TriAdaptLoRA's Tables V and VI: batch, epochs, rate, increment, decay, warm-up steps, alpha, dropout, length,
-# interval, orthogonality. Growth begins after the warm-up (t0 is None). Every reference rank is 8; the "default" dropout of three columns is PEFT's, 0.
+# interval, orthogonality. In all, growth begins after the warm-up (t0 is None) and the reference rank is 8. The "default" dropout
+# of three columns is PEFT's, 0.
 TABLE_V = {
     "mnli": (32, 7, 5e-4, 1, 0, 1000, 16, 0, 256, 1000, 0.1),
     "sst2": (32, 24, 8e-4, 4, 0.01, 1000, 16, 0.3, 128, 1000, 0.1),
@@ -190,19 +192,23 @@ def test_a_missing_file_or_a_bad_flag_in_it_ends_in_one_line_and_exit_code_2(tex
         assert words in err or argument != f"@{path}"
 
 
-def test_a_run_from_a_file_is_that_run_and_resumes(csv, tmp_path, capsys):
-    path = tmp_path / "flags.txt"
-    path.write_text("--method lora --lr 1e-3 --max-steps 4\n" + " ".join(TINY))
-    out = tmp_path / "run"
+def test_a_run_from_a_file_is_resumed_by_the_same_command(csv, tmp_path, monkeypatch):
+    path, out = tmp_path / "flags.txt", tmp_path / "run"
+    path.write_text("--method lora --lr 1e-3 --max-steps 4 --eval-every 2\n" + " ".join(TINY))
     argv = [f"@{path}", "--data", csv, "--text", "text", "--label", "label", "--out", str(out)]
-    assert train.main(argv) == 0
+
+    def stopped(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "finish", stopped)
+        assert train.main(argv) == 2
+    assert train.main([*argv, "--lr", "2e-3", "--resume"]) == 2  # another run
+    assert train.main([*argv, "--resume"]) == 0
     with open(out / "config.json") as f:
         config = json.load(f)
-    assert config["settings"]["lr"] == 1e-3 and f"'@{path}'" in config["command"] or f" @{path} " in config["command"]
-    before = (out / "metrics.jsonl").read_text()
-    capsys.readouterr()
-    code = train.main([*argv, "--resume"])
-    assert code in (0, 2) and (out / "metrics.jsonl").read_text() == before  # finished: there is nothing to resume
+    assert config["settings"]["lr"] == 1e-3 and config["finished"] and f"@{path}" in config["command"]
+    assert [row["step"] for row in rows_of_run(out)] == [2, 4]
 
 
 # ------------------------------------------------------------------------------ rates
@@ -223,8 +229,8 @@ def test_every_method_has_a_rate_for_real_checkpoints_and_the_generated_tasks_ke
     (TINY, "default of the generated tasks", False),
 ])  # fmt: skip
 def test_the_run_says_where_its_rate_is_from_and_what_the_tiny_bases_do_not_know(flags, words, noted, csv, tmp_path, capsys):
-    argv = ["--method", "lora", "--data", csv, "--text", "text", "--label", "label", "--out", str(tmp_path / "run"), "--no-figures"]
-    assert train.main([*argv, "--max-steps", "1", "--threads", "1", "--device", "cpu", *flags]) == 0
+    argv = ["--method", "lora", "--data", csv, "--text", "text", "--label", "label", "--out", str(tmp_path / "run")]
+    assert train.main([*argv, "--max-steps", "1", "--threads", "1", "--device", "cpu", "--no-figures", *flags]) == 0
     printed = capsys.readouterr().out
     assert words in printed
     assert ("the tiny bases know their generated world only: on real text use --backbone" in printed) == noted
@@ -288,6 +294,7 @@ def test_three_steps_on_a_small_model_of_its_family(name, checkpoint, tmp_path, 
     family = FAMILY.get(want["backbone"], "mistral" if "istral" in want["backbone"] else "llama")
     argv = [recipe(name), "--data", str(rows_of(task, tmp_path)), "--backbone", str(checkpoint(family))]
     few = ["--batch-size", "4"] + ["--accumulate", "2"] * (task == "sft")  # else the few rows are one step
+    few += ["--interval", "1"] * (want["method"] == "triadapt")  # so that it grows in them
     code = train.main([*argv, *few, "--epochs", "9", "--max-steps", "3", "--out", str(tmp_path / "run"), "--threads", "1",
                        "--device", "cpu", "--no-figures"])  # fmt: skip
     printed = capsys.readouterr()
@@ -296,7 +303,9 @@ def test_three_steps_on_a_small_model_of_its_family(name, checkpoint, tmp_path, 
     with open(tmp_path / "run" / "config.json") as f:
         config = json.load(f)
     assert config["finished"]
-    assert config["settings"]["options"].items() >= {k: v for k, v in want["options"].items() if v is not None}.items()
+    same = {option: value for option, value in want["options"].items() if option not in ("t0", "interval")}
+    assert config["settings"]["options"].items() >= same.items()
+    assert (rows_of_run(tmp_path / "run")[-1].get("rank_total", 0) > 12) == (want["method"] in ("triadapt", "task_tlora"))
     of_a_block = {"tlora": 2, "tlora_plus": 6, "triadapt": 6}  # query and value; all six
     if want["method"] in of_a_block:
         assert len(config["layers"]) == 2 * of_a_block[want["method"]]
