@@ -38,6 +38,7 @@ def load(name_or_dir, kind, labels=(), dtype=torch.float32):
         config = transformers.AutoConfig.from_pretrained(name_or_dir, trust_remote_code=False)
         if kind == "lm" and type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
             raise ValueError(f"{config.model_type} is an encoder: take a decoder")
+        theirs = [str(label).lower() for _, label in sorted(config.id2label.items())]
         if kind == "classification":
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
@@ -72,7 +73,21 @@ def load(name_or_dir, kind, labels=(), dtype=torch.float32):
     linearize(model)
     for name in head_modules(model):
         model.get_submodule(name).float()
+    ours = [label.lower() for label in labels]
+    if theirs != ours and sorted(theirs) == sorted(ours):
+        reorder_head(model, [theirs.index(label) for label in ours])
     return model, tokenizer
+
+
+@torch.no_grad()
+def reorder_head(model, order):
+    """Put the rows of a checkpoint's own head in the order of our class names: MNLI's classes come in three orders."""
+    for name in head_modules(model):
+        for layer in model.get_submodule(name).modules():
+            if isinstance(layer, nn.Linear) and layer.out_features == len(order):
+                layer.weight.copy_(layer.weight[order])
+                if layer.bias is not None:
+                    layer.bias.copy_(layer.bias[order])
 
 
 def drawn(report):

@@ -27,11 +27,12 @@ from reading.files import replace_file, write_text
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "span": "QUESTION_ANS", "lm": "CAUSAL_LM"}
 PIPELINES = {"SEQ_CLS": "text-classification", "QUESTION_ANS": "question-answering", "CAUSAL_LM": "text-generation"}
 # Flags that name a place on the machine that trained.
-PLACES = {"--data", "--dev", "--out", "--base", "--compare", "--save-base", "--export-peft", "--export-merged", "--from-peft"}
-FACTS = {"task": dict, "max_length": int, "max_new": int, "base": str | None}  # task.json
-# The keys of adapter_config.json that a plain LoRA may set; the last five to these values alone.
-SET = """task_type base_model_name_or_path peft_version auto_mapping inference_mode r lora_alpha lora_dropout target_modules exclude_modules
-    modules_to_save rank_pattern alpha_pattern fan_in_fan_out layers_to_transform layers_pattern eva_config""".split()
+PLACES = {"--data", "--dev", "--out", "--base", "--compare", "--save-base", "--template", "--export-peft",
+          "--export-merged", "--from-peft"}  # fmt: skip
+FACTS = {"task": dict, "max_length": int, "max_new": int, "base": str | None, "dtype": str}  # task.json
+# What adapter_config.json may set for a plain LoRA, and what to these values alone.
+SET = """task_type base_model_name_or_path peft_version auto_mapping inference_mode r lora_alpha lora_dropout rank_pattern
+    alpha_pattern target_modules exclude_modules modules_to_save fan_in_fan_out layers_to_transform layers_pattern eva_config""".split()
 PLAIN = {
     "peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"],
     "megatron_core": ["megatron.core"], "qalora_group_size": [16],
@@ -48,15 +49,9 @@ tags: [{tags}]
 {what}, trained with {words}.
 
 - base: {base}
-- task: {task.name}, {task.kind} {labels}
+- task: {task.name}, {task.kind}{labels}
 - data: {rows}
-{scores}
-Made by
-
-```sh
-{command}
-```
-
+{scores}{made}
 In this folder it is loaded and asked by
 
 ```python
@@ -65,11 +60,10 @@ In this folder it is loaded and asked by
 ```
 {note}"""
 LOAD = """import torch
-from {package} import {name}
-from transformers import AutoTokenizer
+{imports}
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = {name}.from_pretrained(".", dtype=torch.float32{fit}).eval()"""
+model = {name}.from_pretrained(".", dtype=torch.{dtype}{fit}).eval()"""
 ASK = """model.config.pad_token_id = tokenizer.pad_token_id
 batch = tokenizer({texts}, padding=True, truncation={cut}, max_length={most}, return_token_type_ids={types}, return_tensors="pt")
 with torch.no_grad():
@@ -81,13 +75,14 @@ ANSWER = {
     "span": """first, last = output.start_logits[0].argmax(), output.end_logits[0].argmax()
 print(tokenizer.decode(batch["input_ids"][0, first : last + 1]))""",
 }
-GENERATE = """ids = tokenizer("a question")["input_ids"]{newline}
+GENERATE = """ids = {ids}
 options = {{"max_new_tokens": {most}, "do_sample": False, "eos_token_id": {stop}, "pad_token_id": {pad}}}
 new = model.generate(input_ids=torch.tensor([ids]), **options)[0, len(ids) :]
 print(tokenizer.decode(new, skip_special_tokens=True))"""
-NOTE = """
-PEFT builds the base with the base's own number of classes, so these lines say which there are. A base that is a folder
-is looked for where it was: change `base_model_name_or_path` in adapter_config.json if it lies elsewhere.
+NOTES = """
+PEFT asks the base for the number of classes, not the adapter: that is why the lines name them.
+""", """
+The base is a folder of the machine that trained: change `base_model_name_or_path` in adapter_config.json where it lies elsewhere.
 """
 
 
@@ -139,7 +134,7 @@ def export_peft(run, path):
     replace_file(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
     write_json(os.path.join(path, "adapter_config.json"), adapter)
     facts = {"task": dataclasses.asdict(run.task), "max_length": run.settings.max_length, "max_new": run.max_new}
-    write_json(os.path.join(path, "task.json"), {**facts, "base": run.fingerprint})
+    write_json(os.path.join(path, "task.json"), {**facts, "base": run.fingerprint, "dtype": run.settings.dtype})
     what = f"A LoRA adapter for PEFT: {len(names)} layers, ranks {min(ranks.values())} to {max(ranks.values())}"
     write_beside(run, path, what, peft=True)
     print(f"PEFT adapter in {path}: {len(names)} layers, ranks {min(ranks.values())} to {max(ranks.values())}")
@@ -163,8 +158,10 @@ def write_beside(run, path, what, peft):
     run.tokenizer.source.save_pretrained(path)
     s, task, file = run.settings, run.task, os.path.join(run.settings.out or "", "metrics.jsonl")
     name, fit, scores = backbones.CLASSES[task.kind], "", ""
+    imports = f"from transformers import {name}, AutoTokenizer"
     if peft:
         name = name.replace("AutoModel", "AutoPeftModel")
+        imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
         if TASK_TYPES[task.kind] == "SEQ_CLS":  # the base's own head may be of another size
             names = dict(enumerate(task.labels))
             fit = f"id2label={names}, label2id={ {label: i for i, label in names.items()} }" if names else "num_labels=1"
@@ -176,10 +173,13 @@ def write_beside(run, path, what, peft):
         scores = scores and f"\nAfter step {row['step']}, on the development rows:\n\n| metric | value |\n|---|--:|\n{scores}"
     text = CARD.format(
         base=json.dumps(s.backbone), library="peft" if peft else "transformers", pipeline=PIPELINES[TASK_TYPES[task.kind]],
-        tags=", ".join({s.method: 0} | ({"lora": 0} if peft else {})), task=task, method=s.method, what=what, words=METHODS[s.method][1],
-        labels=f"({', '.join(task.labels)})" if task.labels else "", scores=scores, command=portable(run.command), note=NOTE if peft else "",
-        rows=os.path.basename(os.path.normpath(s.data)) if s.data else "generated", ask=ask(run),
-        load=LOAD.format(package="peft" if peft else "transformers", name=name, fit=fit),
+        tags=", ".join({s.method: 0} | ({"lora": 0} if peft else {})), task=task, method=s.method, what=what,
+        words=METHODS[s.method][1],
+        labels=f" ({', '.join(task.labels)})" if task.labels else "", scores=scores, ask=ask(run),
+        made=f"\nMade by\n\n```sh\n{portable(run.command)}\n```\n" if run.command else "",
+        note=NOTES[0] * bool(fit) + NOTES[1] * (peft and os.path.isabs(s.backbone)),
+        rows=os.path.basename(os.path.normpath(s.data)) if s.data else "generated",
+        load=LOAD.format(imports=imports, name=name, fit=fit, dtype="bfloat16" if s.dtype == "bf16" else "float32"),
     )  # fmt: skip
     write_text(os.path.join(path, "README.md"), text)
 
@@ -188,10 +188,16 @@ def ask(run):
     """The lines of Python that predict, on the very tokens that the run would see."""
     task, tokenizer = run.task, run.tokenizer
     if task.kind == "lm":
-        ends = task.name == "math" and tokenizer.encode([("a",)])[0]["sequence"][-1] is not None  # as data.math_rows
-        newline = ' + tokenizer("\\n", add_special_tokens=False)["input_ids"]' if ends else ""
-        return GENERATE.format(newline=newline, most=run.max_new or 64, stop=tokenizer.sep_id, pad=tokenizer.pad_id)
-    texts = '["a question"], ["a context"]' if task.kind == "span" else '["a text"], ["its second"]' if task.pair else '["a text"]'
+        ids, bare = 'tokenizer("a question")["input_ids"]', "add_special_tokens=False)"
+        if task.template == "chat":
+            ids = '[{"role": "user", "content": "a question"}], tokenize=False, add_generation_prompt=True'
+            ids = f'tokenizer(tokenizer.apply_chat_template({ids}), {bare}["input_ids"]'
+        elif not task.pretraining and tokenizer.encode([("a",)])[0]["sequence"][-1] is not None:  # as data.math_rows
+            ids += f' + tokenizer("\\n", {bare}["input_ids"]'
+        ids += f"  # prompts were written as {task.template!r}" if task.template not in ("", "chat") else ""
+        return GENERATE.format(ids=ids, most=run.max_new or 64, stop=tokenizer.sep_id, pad=tokenizer.pad_id)
+    texts = '["a text"], ["its second"]' if task.pair else '["a text"]'
+    texts = '["a question"], ["a context"]' if task.kind == "span" else texts
     types = getattr(run.model.config, "type_vocab_size", 0) > 1  # as model.logits
     cut = '"only_second"' if task.kind == "span" else True
     return ASK.format(texts=texts, cut=cut, most=run.settings.max_length, types=types) + ANSWER[task.kind]
@@ -215,7 +221,7 @@ def from_peft(path, settings, task=None, force=False):
     """
     if folder.written(settings.out):
         raise ValueError(f"{settings.out} holds a run already: choose another folder")
-    adapter, facts = read_plain(path), {"max_new": settings.max_length // 2, "base": None}
+    adapter, facts = read_plain(path), {"max_new": settings.max_length // 2, "base": None, "dtype": settings.dtype}
     if task is None:
         file = os.path.join(path, "task.json")
         if not os.path.exists(file):
@@ -223,7 +229,8 @@ def from_peft(path, settings, task=None, force=False):
         facts = read_json(file)
         typed(FACTS, facts, file)
         typed({f.name: f.type for f in dataclasses.fields(data.Task)}, facts["task"], f"{file}: task")
-        task, settings.max_length = data.Task(**tupled(facts["task"])), facts["max_length"]
+        task = data.Task(**tupled(facts["task"]))
+        settings.max_length, settings.dtype = facts["max_length"], facts["dtype"]
     if adapter["task_type"] not in (None, TASK_TYPES.get(task.kind)):
         raise ValueError(f"{path} is an adapter for {adapter['task_type']}, task {task.name} is {task.kind}")
     settings.backbone = settings.backbone or adapter["base_model_name_or_path"]
@@ -241,8 +248,8 @@ def from_peft(path, settings, task=None, force=False):
         raise ValueError(f"{path}: alpha_pattern names {odd[0]}, which is the end of no adapted layer's name")
     own = {name: adapter["alpha_pattern"][key] for key in reversed(pattern) for name in pattern[key]}  # the first key counts
     for name, (A, B) in layers.items():
-        scale = own.get(name, adapter["lora_alpha"]) / len(A)
-        state |= {f"{name}.A": F.pad(A, (0, 0, 0, rank - len(A))), f"{name}.B": F.pad(B * (scale / (alpha / rank)), (0, rank - len(A)))}
+        scale, more = own.get(name, adapter["lora_alpha"]) / len(A), rank - len(A)
+        state |= {f"{name}.A": F.pad(A, (0, 0, 0, more)), f"{name}.B": F.pad(B * (scale / (alpha / rank)), (0, more))}
     settings.options = {"rank": rank, "alpha": float(alpha), "dropout": float(adapter["lora_dropout"])}
     run.wrap(list(layers))
     run.load(state)
@@ -263,7 +270,8 @@ def read_plain(path):
             raise ValueError(f"{file}: {key} is {json.dumps(value)}: only a plain LoRA is read")
     filled = {"lora_alpha": 8, "lora_dropout": 0.0, "task_type": None, "base_model_name_or_path": None, **adapter}
     filled["alpha_pattern"] = adapter.get("alpha_pattern") or {}
-    kinds = {"lora_alpha": float, "lora_dropout": float, "alpha_pattern": dict} | dict.fromkeys(("task_type", "base_model_name_or_path"), str | None)
+    kinds = {"lora_alpha": float, "lora_dropout": float, "alpha_pattern": dict}
+    kinds |= {"task_type": str | None, "base_model_name_or_path": str | None}
     typed(kinds, {key: filled[key] for key in kinds}, file)
     typed(dict.fromkeys(filled["alpha_pattern"], float), filled["alpha_pattern"], f"{file}: alpha_pattern")
     return filled

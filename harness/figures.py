@@ -1,14 +1,42 @@
-"""The figures of a run: curves.png, a heat map per quantity a method watches, histograms, eigenvalues.
+"""The figures of a run: curves.png, growth step by step, a heat map per quantity a method watches, histograms, spectra.
 
-matplotlib is imported when something is drawn.
+`python -m harness.figures RUN` draws those of a finished run again, from its folder. Each title is a sentence that says what
+was found, and what a symbol means stands below the figure. matplotlib is imported when something is drawn.
 """
 
 import json
 import math
 import os
 import re
+import sys
+import textwrap
 
 import torch
+
+from harness import folder
+from harness.methods import METHODS
+from harness.run import Run
+from harness.settings import in_words
+
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's colours, which all eyes tell apart
+CYCLE = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+STYLES = ["-", "--", "-.", ":"]
+# What a quantity means, in words; of one method, where the methods differ. One that is not here is called by its name.
+WORDS = {
+    "ranks": "rank r, the number of directions in which the update dW of a layer can act",
+    "scaling": "scaling s, the factor in front of the update dW = s B A",
+    "alpha": "alpha, the trained factor of the update dW = alpha C B A",
+    "A_spectral": "largest singular value of A, which is drawn at random and frozen",
+    "B_spectral": "largest singular value of B, which is trained",
+    "C_spectral": "largest singular value of C, which is drawn at random and frozen",
+    "B_norm": "Frobenius norm of B, which is trained from zero",
+    ("triadapt", "importance"): "score S, by how much ||L + U||_F / r of a layer rose since the event before (L, U: its triangles)",
+    ("increlora", "importance"): "score of a layer: |weight x gradient| of its update dW, averaged over steps, times its uncertainty",
+    ("adalora", "importance"): "score of a layer: |weight x gradient| of its triplets, averaged over steps, times its uncertainty",
+    ("task_tlora", "importance"): "share p of a layer in the sensitivity of the loss to all layers, before training; gives r and s",
+    ("lora_ga", "spectrum"): "singular values of the gradient of the loss with respect to W0",
+    "spectrum": "eigenvalues of C, the second moment of a layer's input on the task's own rows",
+}  # fmt: skip
 
 
 def pyplot():
@@ -17,8 +45,13 @@ def pyplot():
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "savefig.dpi": 130})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "savefig.dpi": 130,
+                         "axes.titlesize": 9, "figure.constrained_layout.use": True, "axes.prop_cycle": plt.cycler(color=CYCLE)})  # fmt: skip
     return plt
+
+
+def meaning(method, quantity):
+    return WORDS.get((method, quantity)) or WORDS.get(quantity) or quantity.replace("_", " ")
 
 
 def place(name):
@@ -27,24 +60,59 @@ def place(name):
     return (match[1], match[2] or "") if match else ("", name)
 
 
-def save(fig, out, name):
-    fig.tight_layout()
+def short(names, least=1):
+    """{name: its last dotted parts, `least` of them or as many as no other name ends in}."""
+    parts = {name: name.split(".") for name in names}
+
+    def tail(name):
+        for n in range(least, len(parts[name])):
+            if not any(other[-n:] == parts[name][-n:] for key, other in parts.items() if key != name):
+                return ".".join(parts[name][-n:])
+        return name
+
+    return {name: tail(name) for name in parts}
+
+
+def layer_words(names):
+    """{layer: block and matrix in as few words as tell them apart}."""
+    places = {name: place(name) for name in names}
+    blocks, matrices = short([p[0] for p in places.values()], 2), short([p[1] for p in places.values()])
+    return {name: f"{blocks[block]} {matrices[matrix]}".strip() for name, (block, matrix) in places.items()}
+
+
+def save(fig, out, name, title, caption):
+    """The figure with a sentence above it and the meanings below; the sentence goes into the PNG too."""
+    inches = fig.get_figwidth()
+    fig.suptitle(textwrap.fill(title, int(10.5 * inches)), x=0.01, ha="left", fontsize=10, weight="bold")
+    fig.supxlabel(textwrap.fill(caption, int(15.5 * inches)), x=0.01, ha="left", fontsize=7.5, color="0.3")
+    fig.get_layout_engine().execute(fig)
     fig.set_layout_engine("none")  # the layout is done; an engine would make savefig draw everything twice
-    fig.savefig(os.path.join(out, name))
+    fig.savefig(os.path.join(out, name), metadata={"Title": title})
     pyplot().close(fig)
+    return name
 
 
 def draw(run, progress, compared=None):
-    """All figures of a run, into its folder. `compared` is (words, {layer: dW}) of another run, drawn along."""
-    out, last = run.settings.out, progress.history[-1]
-    curves(out, progress.history, next((name for name in run.task.metrics if name in last), None))
+    """All figures of a run, into its folder; their names. `compared` is (words, {layer: dW}) of another run, drawn along."""
+    out, method, last = run.settings.out, run.settings.method, progress.history[-1]
     watched = [row for row in progress.layers if "event" not in row]
+    events = [(row["step"], row["event"]) for row in progress.layers if "event" in row]
+    ranks = rank_history(progress.layers, run.settings.options.get("rank"))
+    drawn = [curves(out, progress.history, next((name for name in run.task.metrics if name in last), None), ranks)]
     for quantity in [key for key in watched[-1] if key != "step"]:
-        heat_map(out, quantity, [(row["step"], row[quantity]) for row in watched])
-    if thin := [name for name in run.layers if low_rank(run.model.get_submodule(name))]:
-        draw_updates(out, run.model, thin, compared)
+        if quantity == "ranks" and len(ranks) > 1:
+            drawn.append(growth(out, ranks))
+        elif quantity == "importance" and any("scores" in event for _, event in events):
+            drawn.append(importance(out, [e for e in events if "scores" in e[1]], meaning(method, quantity)))
+        else:
+            rows = [(row["step"], row[quantity]) for row in watched]
+            drawn.append(heat_map(out, quantity, rows, meaning(method, quantity)))
+    if thin := {name: run.model.get_submodule(name) for name in run.layers if low_rank(run.model.get_submodule(name))}:
+        drawn.append(histograms(out, thin, METHODS[method][1]))
+        drawn.append(eigenvalues(out, thin, compared))
     if os.path.exists(os.path.join(out, "plan.json")):
-        draw_plan(out)
+        drawn.append(spectrum(out, method))
+    return [name for name in drawn if name]
 
 
 def low_rank(layer):
@@ -55,134 +123,288 @@ def low_rank(layer):
         return False
 
 
-def curves(out, history, headline):
-    """Loss, the headline metric and, where it changes, the total rank, over the evaluations."""
+def rank_history(rows, start):
+    """[(step, {layer: rank})]: the start, then whenever a rank changed: at events, or, of a method without, at evaluations.
+
+    Methods whose events name what "grown" start every layer with the rank `start`, as step 0.
+    """
+    names = next((row["ranks"] for row in rows if "ranks" in row), {})
+    history = [(0, dict.fromkeys(names, start))] if any("grown" in row.get("event", {}) for row in rows) else []
+    for row in rows:
+        event, now = row.get("event", row), history[-1][1] if history else {}
+        ranks = {**now, **event.get("ranks", {}), **event.get("grown", {})}
+        if ranks and ranks != now:
+            history.append((row["step"], ranks))
+    return history
+
+
+def curves(out, history, headline, ranks):
+    """Loss, the headline metric and, where it changes, the total rank, over the steps."""
     plt = pyplot()
-    ranks = [row.get("rank_total") for row in history]
-    panels = 1 + bool(headline) + (len(set(ranks)) > 1)
-    fig, axes = plt.subplots(1, panels, figsize=(4 * panels, 3), squeeze=False)
-    axes = list(axes[0])
-    steps = [row["step"] for row in history]
+    totals = [sum(row.values()) for _, row in ranks]
+    panels = 1 + bool(headline) + (len(set(totals)) > 1)
+    fig, axes = plt.subplots(1, panels, figsize=(max(3.6 * panels, 5), 3.2), squeeze=False)
+    axes, steps, last = list(axes[0]), [row["step"] for row in history], history[-1]
     ax = axes.pop(0)
-    ax.plot(steps, [row["train_loss"] for row in history], marker=".", color="tab:gray", label="training (mean since last)")
-    ax.plot(steps, [row["dev_loss"] for row in history], marker=".", color="tab:red", label="development")
-    ax.set(xlabel="step", title="loss")
+    ax.plot(steps, [row["train_loss"] for row in history], "o--", ms=4, color=BLUE, label="training")
+    ax.plot(steps, [row["dev_loss"] for row in history], "s-", ms=4, color=ORANGE, label="development")
+    ax.set_title("loss")
     ax.legend(frameon=False)
+    title = f"After {last['step']} steps the development loss is {last['dev_loss']:.3g}"
     if headline:
-        ax = axes.pop(0)
-        ax.plot(steps, [row[headline] for row in history], marker=".", color="tab:blue")
-        ax.set(xlabel="step", title=f"{headline} (development)")
-        ax.grid(alpha=0.3)
+        ax, best = axes.pop(0), max(history, key=lambda row: row[headline])
+        ax.plot(steps, [row[headline] for row in history], "s-", ms=4, color=ORANGE)
+        ax.set_title(f"{headline} (development)")
+        title += f" and {headline} is {last[headline]:.3g}"
+        title += ", its best" if best is last else f" (best {best[headline]:.3g} at step {best['step']})"
     if axes:
-        axes[0].plot(steps, ranks, marker=".", color="tab:green")
-        axes[0].set(xlabel="step", title="total rank", ylim=(0, None))
-    save(fig, out, "curves.png")
+        axes[0].step([step for step, _ in ranks] + [last["step"]], [*totals, totals[-1]], where="post", color=GREEN)
+        axes[0].set(title="total rank", ylim=(0, None))
+        title += f"; the total rank went from {totals[0]} to {totals[-1]}"
+    for ax in fig.axes:
+        ax.set_xlabel("optimizer step")
+        ax.xaxis.set_major_locator(plt.MaxNLocator(5, integer=True))
+        ax.grid(alpha=0.3)
+    return save(fig, out, "curves.png", title, "Training loss: mean over the steps since the last evaluation.")
 
 
-def heat_map(out, quantity, rows):
-    """The last values as blocks x matrices and, if they changed, every layer over the evaluations."""
-    plt = pyplot()
-    last = rows[-1][1]
-    places = {name: place(name) for name in last}
-    blocks = list(dict.fromkeys(p[0] for p in places.values()))
-    matrices = list(dict.fromkeys(p[1] for p in places.values()))
+def paint(ax, table, cell=None, centred=False, whole=False):
+    """A (rows, columns) table as colours, dark to light, or from blue through white at 0 to red; cell(i, j) is written inside."""
+    known = table[~table.isnan()]
+    bound = max(known.abs().max().item(), 1e-12)
+    scale = {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound} if centred else {"cmap": "cividis"}
+    image = ax.imshow(table.numpy(), aspect="auto", interpolation="nearest", **scale)
+    for i, j in (~table.isnan()).nonzero().tolist() if cell else ():
+        if words := cell(i, j):
+            light = sum(c * w for c, w in zip(image.cmap(image.norm(table[i, j].item())), (0.3, 0.59, 0.11)))
+            ax.text(j, i, words, ha="center", va="center", fontsize=6.5, color="white" if light < 0.5 else "black")
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
+    if whole:
+        bar.ax.yaxis.set_major_locator(pyplot().MaxNLocator(6, integer=True))
+    return image
+
+
+def grid(ax, quantity, values, centred):
+    """The last values as blocks x matrices, each written into its cell."""
+    places = {name: place(name) for name in values}
+    blocks, matrices = (list(dict.fromkeys(p[i] for p in places.values())) for i in (0, 1))
     table = torch.full((len(blocks), len(matrices)), float("nan"))
     for name, (block, matrix) in places.items():
-        table[blocks.index(block), matrices.index(matrix)] = last[name]
-    over_time = torch.tensor([[row[1][name] for name in last] for row in rows]).T  # (layers, evaluations)
-    changed = bool((over_time != over_time[:, :1]).any())
-    height = max(2.6, 0.3 * len(blocks) + 1.6, 0.13 * len(last) * changed)
-    fig, axes = plt.subplots(
-        1, 1 + changed, figsize=(2 + 0.7 * len(matrices) + 4.5 * changed, height), squeeze=False,
-        width_ratios=[2 + 0.7 * len(matrices), 4.5][: 1 + changed],
-    )  # fmt: skip
-    ax = axes[0, 0]
-    image = ax.imshow(table.numpy(), cmap="viridis", aspect="auto")
-    whole = bool((table[~table.isnan()] % 1 == 0).all())
-    middle = (image.norm.vmin + image.norm.vmax) / 2
-    if table.numel() <= 400:
-        for i in range(len(blocks)):
-            for j in range(len(matrices)):
-                value = table[i, j].item()
-                if value == value:
-                    ax.text(j, i, f"{value:.0f}" if whole else f"{value:.2g}", ha="center", va="center", fontsize=7,
-                            color="white" if value < middle else "black")  # fmt: skip
-    ax.set_xticks(range(len(matrices)), [".".join(m.split(".")[-2:]) for m in matrices], rotation=40, ha="right")
-    ax.set_yticks(range(len(blocks)), blocks)
-    ax.set_title(f"{quantity.replace('_', ' ')} at step {rows[-1][0]}")
-    fig.colorbar(image, ax=ax)
+        table[blocks.index(block), matrices.index(matrix)] = values[name]
+    whole = all(value == int(value) for value in values.values())
+    written = lambda i, j: f"{table[i, j]:.0f}" if whole else f"{table[i, j]:.2g}"  # noqa: E731
+    paint(ax, table, written if table.numel() <= 400 else None, centred, whole)
+    ax.set_xticks(range(len(matrices)), short(matrices).values(), rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(blocks)), short(blocks, 2).values())
+    ax.set_title(quantity)
+
+
+def over_layers(ax, names, steps, xlabel):
+    """Ticks of a layers x steps table, as many as there is room for, and a line between blocks."""
+    words, every = list(layer_words(names).values()), math.ceil(len(names) / 160)
+    ax.set_yticks(range(0, len(names), every), words[::every], fontsize=6)
+    every = math.ceil(len(steps) / 16)
+    ax.set_xticks(range(0, len(steps), every), steps[::every], fontsize=7)
+    blocks = [place(name)[0] for name in names]
+    for i in range(1, len(names)):
+        if blocks[i] != blocks[i - 1]:
+            ax.axhline(i - 0.5, color="0.6", lw=0.6)
+    ax.set_xlabel(xlabel)
+
+
+def tall(names):
+    """Inches for a row per layer."""
+    return max(2.8, min(0.15 * len(names), 24.0) + 1.5)
+
+
+def growth(out, ranks):
+    """ranks.png: at each step where ranks changed, which layer from which rank to which; left, where that ended."""
+    first, last, names = ranks[0][1], ranks[-1][1], list(ranks[0][1])
+    table = torch.tensor([[row[name] for _, row in ranks] for name in names], dtype=torch.float32)
+    matrices, columns = len({place(name)[1] for name in names}), len(ranks)
+    widths = [1.9 + 0.5 * matrices, min(max(0.5 * columns, 2.5), 9) + 1.6]
+    fig, axes = pyplot().subplots(1, 2, figsize=(sum(widths), tall(names)), width_ratios=widths)
+    grid(axes[0], f"ranks at the end (sum {sum(last.values())})", last, False)
+    changed = lambda i, j: f"{table[i, j - 1]:.0f}→{table[i, j]:.0f}" if j and table[i, j] != table[i, j - 1] else ""  # noqa: E731
+    paint(axes[1], table, changed if columns <= 18 else None, whole=True)
+    over_layers(axes[1], names, [step or "start" for step, _ in ranks], "step at which ranks changed (columns are not equally far apart)")
+    axes[1].set_title("each layer's rank, and what changed")
+    most, went = max(last.values()), "grew" if sum(last.values()) >= sum(first.values()) else "shrank"
+    top = [word for name, word in layer_words(names).items() if last[name] == most]
+    title = f"Ranks {went} at {columns - 1} step{'s' * (columns > 2)}, from {sum(first.values())} to {sum(last.values())} in all: "
+    title += f"{', '.join(top)} ended highest, at {most}" if len(top) < 4 else f"{len(top)} layers ended highest, at {most}"
+    return save(fig, out, "ranks.png", title, f"{meaning('', 'ranks').capitalize()}. 1→5: a rank of 1 became 5 at this step.")
+
+
+def importance(out, events, words):
+    """importance.png: every layer's score at each growth event, zero in white, with a dot where that layer then grew."""
+    names = list(events[0][1]["scores"])
+    table = torch.tensor([[event["scores"][name] for _, event in events] for name in names])
+    fig, ax = pyplot().subplots(figsize=(min(max(0.42 * len(events), 2.5), 9) + 2.8, tall(names)))
+    paint(ax, table, centred=True)
+    grown = [(j, i) for j, (_, event) in enumerate(events) for i, name in enumerate(names) if name in event["grown"]]
+    ax.scatter(*zip(*grown), s=14, color="black", edgecolors="white", linewidths=0.6)
+    over_layers(ax, names, [step for step, _ in events], "step of the growth event")
+    highest, best = table.max().item(), divmod(table.argmax().item(), len(events))
+    title = f"The score that decides who grows was highest in {layer_words(names)[names[best[0]]]} at step {events[best[1]][0]} "
+    title += f"({highest:.2g}); {(table < 0).sum()} of {table.numel()} scores were negative"
+    return save(fig, out, "importance.png", title, f"Colour: {words}. Dot: the layer grew at this event.")
+
+
+def heat_map(out, quantity, rows, words):
+    """The last values as blocks x matrices and, if they changed, every layer over the evaluations."""
+    step, last = rows[-1]
+    names = list(last)
+    table = torch.tensor([[row[name] for name in names] for _, row in rows], dtype=torch.float64).T  # (layers, evaluations)
+    changed, centred = bool((table != table[:, :1]).any()), bool((table < 0).any())
+    widths = [1.9 + 0.6 * len({place(name)[1] for name in names}), min(max(0.4 * len(rows), 2), 6) + 1.8][: 1 + changed]
+    blocks = len({place(name)[0] for name in names})
+    height = tall(names) if changed else max(2.4, 0.3 * blocks + 1.8)
+    fig, axes = pyplot().subplots(1, 1 + changed, figsize=(max(sum(widths), 4.5), height), squeeze=False, width_ratios=widths)
+    grid(axes[0, 0], f"at step {step}", last, centred)
     if changed:
-        ax = axes[0, 1]
-        image = ax.imshow(over_time.numpy(), cmap="viridis", aspect="auto", interpolation="nearest")
-        ax.set_yticks(range(len(last)), [" ".join(places[name]) for name in last], fontsize=5.5)
-        ticks = sorted({round(i * (len(rows) - 1) / 5) for i in range(6)})
-        ax.set_xticks(ticks, [rows[i][0] for i in ticks])
-        ax.set(xlabel="step", title="over training")
-        fig.colorbar(image, ax=ax)
-    save(fig, out, f"{quantity}.png")
+        paint(axes[0, 1], table, centred=centred)
+        over_layers(axes[0, 1], names, [step for step, _ in rows], "step of the evaluation")
+        axes[0, 1].set_title("over training")
+    low, high = min(names, key=last.get), max(names, key=last.get)
+    name, labels = quantity.replace("_", " "), layer_words(names)
+    if last[low] == last[high]:
+        title = f"{name} is {last[high]:.3g} in every layer"
+    else:
+        title = f"{name} is highest in {labels[high]} ({last[high]:.3g}) and lowest in {labels[low]} ({last[low]:.3g})"
+    return save(fig, out, f"{quantity}.png", title[0].upper() + title[1:], f"{words[0].upper()}{words[1:]}.")
 
 
 @torch.no_grad()
-def draw_updates(out, model, names, compared=None):
-    """histograms.png of W0, dW and each matrix of the adapters; eigenvalues.png of W0 and W0 + dW.
-
-    Entries of all layers are pooled; eigenvalues are those of the square layers. `compared` is
-    (words, {layer: dW}) of another run, drawn along.
-    """
-    layers = [model.get_submodule(name) for name in names]
+def histograms(out, layers, form):
+    """histograms.png of the entries of W0, dW and each matrix of the adapters, all layers pooled."""
     pools = {}
-    for layer in layers:
+    for layer in layers.values():
         P, Q = (f.float().cpu() for f in layer.factors())
         own = {k: v for k, v in layer.state_dict().items() if re.fullmatch(r"[A-Z]0?", k)}  # the matrices, no statistics
         for key, value in {"W0": layer.base.weight, "dW": P @ Q, **own}.items():
             values = value.float().cpu().flatten()
             pools.setdefault(key, []).append(values[:: max(1, len(values) // 200_000)])  # enough for a histogram
     pools = {key: torch.cat(values) for key, values in pools.items()}
-    plt = pyplot()
-    fig, axes = plt.subplots(1, len(pools), figsize=(2.6 * len(pools), 2.6), squeeze=False)
-    for ax, (key, values) in zip(axes[0], pools.items()):
-        bound = max(4 * values.std().item(), 1e-12)
-        ax.hist(values.numpy(), bins=80, range=(-bound, bound), density=True, color="tab:blue")
-        grid = torch.linspace(-bound, bound, 200)
-        gauss = torch.exp(-0.5 * ((grid - values.mean()) / values.std()) ** 2) / (values.std() * (2 * torch.pi) ** 0.5)
-        ax.plot(grid, gauss, color="tab:red", lw=1, label="Gaussian,\nsame mean\nand std")
-        ax.set(title=f"{key}  (std {values.std():.2g})", yticks=[])
-    axes[0, 0].legend(frameon=False, fontsize=6, loc="upper right", handlelength=1)
-    save(fig, out, "histograms.png")
+    plt, columns = pyplot(), min(3, len(pools))
+    rows = math.ceil(len(pools) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 1.9 * rows + 1.1), squeeze=False)
+    for ax, (key, values) in zip(axes.flat, pools.items()):
+        mean, std = values.mean().item(), max(values.std(correction=0).item(), 1e-12)
+        ax.hist(values.numpy(), bins=60, range=(mean - 4 * std, mean + 4 * std), density=True, color=BLUE, alpha=0.75)
+        line = torch.linspace(mean - 4 * std, mean + 4 * std, 200)
+        ax.plot(line, torch.exp(-0.5 * ((line - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi)), "--", color=ORANGE, lw=1.2)
+        ax.set(title=f"{key}, standard deviation {std:.2g}", yticks=[])
+        ax.xaxis.set_major_locator(plt.MaxNLocator(4))
+    for ax in axes.flat[len(pools) :]:
+        ax.remove()
+    sizes = {key: values.square().mean().sqrt().item() for key, values in pools.items()}
+    ratio = f"{sizes['dW'] / sizes['W0']:.2g} times as large as" if sizes["dW"] and sizes["W0"] else "zero beside"
+    title = f"The entries of the update dW are {ratio} those of the frozen weights W0"
+    caption = f"Entries of all {len(layers)} layers. W0: frozen weights; dW: what training adds to them; other letters: the matrices "
+    return save(fig, out, "histograms.png", title, f"{caption}of {form}. Dashed: a Gaussian of the same mean and standard deviation.")
 
-    square = [name for name in names if len(set(model.get_submodule(name).base.weight.shape)) == 1]
-    if sum(model.get_submodule(name).in_features for name in square) > 4096:  # eigenvalues cost n^3: six layers do
+
+@torch.no_grad()
+def eigenvalues(out, layers, compared=None):
+    """eigenvalues.png of the square layers' W0 and W0 + dW, if these are spread differently by more than chance would have it:
+    the Kolmogorov-Smirnov distance is above its 5 % point. `compared` is (words, {layer: dW}) of another run, drawn along."""
+    square = [name for name, layer in layers.items() if len(set(layer.base.weight.shape)) == 1]
+    if sum(layers[name].in_features for name in square) > 4096:  # eigenvalues cost n^3: six layers do
         square = square[:: math.ceil(len(square) / 6)]
-    if square and all(model.get_submodule(name).in_features <= 1024 for name in square):
-        series = {"W0": {}, "W0 + dW": {}}
-        for name in square:
-            layer = model.get_submodule(name)
-            W0, (P, Q) = layer.base.weight.float().cpu(), (f.float().cpu() for f in layer.factors())
-            series["W0"][name], series["W0 + dW"][name] = W0, W0 + P @ Q
-            if compared:
-                series.setdefault(f"W0 + dW of {compared[0]}", {})[name] = W0 + compared[1][name]
-        fig, ax = plt.subplots(figsize=(5, 3))
-        for words, weights in series.items():
-            sizes = torch.cat([torch.linalg.eigvals(W).abs() for W in weights.values()])
-            ax.hist(sizes.numpy(), bins=100, histtype="step", density=True, label=words)
-        ax.set(xlabel="|eigenvalue|", ylabel="density", title=f"eigenvalues of {len(square)} square layers")
-        ax.legend(frameon=False)
-        save(fig, out, "eigenvalues.png")
+    if not square or any(layers[name].in_features > 1024 for name in square):
+        return None
+    weights = {name: layers[name].base.weight.float().cpu() for name in square}
+    updates = {"W0": dict.fromkeys(square, 0.0), "W0 + dW": {}}
+    for name in square:
+        P, Q = (f.float().cpu() for f in layers[name].factors())
+        updates["W0 + dW"][name] = P @ Q
+    if compared:
+        updates[f"W0 + dW of {compared[0]}"] = compared[1]
+    sizes = {words: torch.cat([torch.linalg.eigvals(weights[n] + dW[n]).abs() for n in square]).sort().values
+             for words, dW in updates.items()}  # fmt: skip
+    count = len(sizes["W0"])
+    share = torch.arange(1, count + 1) / count
+    distance = max((share - torch.searchsorted(sizes["W0"], s, right=True) / count).abs().max() for s in sizes.values())
+    if distance <= 1.36 * math.sqrt(2 / count):
+        return None
+    fig, ax = pyplot().subplots(figsize=(5.5, 3.6))
+    for (words, values), style in zip(sizes.items(), STYLES):
+        ax.step(values, share, style, where="post", label=words)
+    ax.set(xlabel="|eigenvalue|", ylabel="share of eigenvalues up to there", ylim=(0, 1))
+    ax.legend(frameon=False, loc="lower right")
+    before, after = sizes["W0"].mean().item(), sizes["W0 + dW"].mean().item()
+    title = f"The update moved the mean |eigenvalue| of {len(square)} square layers from {before:.3g} to {after:.3g}"
+    return save(fig, out, "eigenvalues.png", title, "W0: frozen weights; dW: what training adds to them.")
 
 
-def draw_plan(out):
-    """spectrum.png: what each layer's start was made from, from plan.json: eigenvalues of the inputs' C (task_tlora, corda),
-    singular values of the gradient (lora_ga). The largest = 1."""
-    plt = pyplot()
+def spectrum(out, method):
+    """spectrum.png: what each layer's start was made from, from plan.json: a line for each kind of matrix, the median over
+    the blocks, and a band from the least to the largest; kinds whose spectra are the same share one. The largest = 1."""
     with open(os.path.join(out, "plan.json"), encoding="utf-8") as file:
         plan = json.load(file)
-    matrices = list(dict.fromkeys(place(name)[1] for name in plan))
-    fig, ax = plt.subplots(figsize=(5, 3))
+    kinds, half = {}, []
     for name, given in plan.items():
-        values = [v / given["spectrum"][0] for v in given["spectrum"] if v > 0]
-        matrix = place(name)[1]
-        ax.plot(range(1, len(values) + 1), values, lw=0.8, color=f"C{matrices.index(matrix)}", label=matrix)
-    handles = dict(zip(*reversed(ax.get_legend_handles_labels())))  # one for each kind of matrix
-    ax.legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
-    ax.set(yscale="log", ylim=(1e-8, 2), xlabel="eigenvalue, by size", title="spectrum behind each layer's start (largest = 1)")
-    save(fig, out, "spectrum.png")
+        values = torch.tensor(given["spectrum"], dtype=torch.float64).clamp(min=0)
+        kinds.setdefault(place(name)[1], []).append(values / values[0].clamp(min=1e-300))
+        half.append((len(values), 1 + int((values.cumsum(0) < 0.9 * values.sum()).sum())))
+    words, lines = short(list(kinds)), {}
+    for kind, curves in kinds.items():
+        n = min(map(len, curves))
+        table = torch.stack([values[:n] for values in curves])
+        same = next((key for key, other in lines.items() if other.shape == table.shape and torch.allclose(other, table)), None)
+        lines[f"{same}, {words[kind]}" if same else words[kind]] = lines.pop(same) if same else table
+    fig, ax = pyplot().subplots(figsize=(6, 3.8))
+    for i, (label, table) in enumerate(lines.items()):
+        middle, color = table.median(0).values, CYCLE[i % len(CYCLE)]
+        seen = int((middle > 1e-8).sum())
+        at = range(1, seen + 1)
+        ax.fill_between(at, table.amin(0)[:seen].clamp(min=1e-8), table.amax(0)[:seen], color=color, alpha=0.15, lw=0)
+        ax.plot(at, middle[:seen], STYLES[i % 4], color=color, label=label)
+    ax.set(yscale="log", ylim=(1e-8, 2), xlabel="by size, from the largest", ylabel="relative to the largest")
+    ax.legend(frameon=False, fontsize=7.5, loc="upper right")
+    size, needed = sorted(half, key=lambda pair: pair[1] / pair[0])[len(half) // 2]
+    title = f"Few directions carry most: in the median layer {needed} of {size} hold 90 % of the sum"
+    if needed > size / 4:
+        title = f"It takes {needed} of {size} directions to hold 90 % of the sum in the median layer"
+    meant = meaning(method, "spectrum")
+    return save(fig, out, "spectrum.png", title, f"{meant[0].upper()}{meant[1:]}. Line: median over blocks; band: from the least to the largest.")
+
+
+def redraw(out):
+    """Draw the figures of a finished run again, from its folder; their names. A PNG of it that is no longer drawn goes."""
+    run = Run.open(out)
+    run.settings.out = out
+    if not folder.read_config(out)["finished"]:
+        raise ValueError(f"{out} holds a run that did not finish: it has no metrics.jsonl yet")
+    rows = []
+    for name in ("metrics.jsonl", "layers.jsonl"):
+        with open(os.path.join(out, name), encoding="utf-8") as file:
+            rows.append([json.loads(line) for line in file])
+    compared = None
+    if other := run.settings.compare:
+        theirs = Run.open(other).model
+        factors = {name: theirs.get_submodule(name).factors() for name in run.layers}
+        compared = other, {name: (P @ Q).detach() for name, (P, Q) in factors.items()}
+    before = {name for name in folder.written(out) if name.endswith(".png")}
+    drawn = draw(run, folder.Progress(history=rows[0], layers=rows[1]), compared)
+    for name in before - set(drawn):
+        os.remove(os.path.join(out, name))
+    return drawn
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print("usage: python -m harness.figures RUN    (draws the figures of a finished run again)", file=sys.stderr)
+        return 2
+    try:
+        print(f"{argv[0]}: {', '.join(redraw(argv[0]))}")
+    except (ValueError, OSError) as e:
+        print(f"figures: error: {in_words(e)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

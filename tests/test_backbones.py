@@ -321,6 +321,35 @@ def test_checkpointing_gives_the_same_gradients(loaded, family, kind):
         assert torch.equal(gradient, gradients[1][name]), name
 
 
+@pytest.mark.parametrize("family", ["roberta", "bert", "llama"])
+def test_a_heads_own_classes_come_in_our_order(family, tmp_path, checkpoint):
+    names = {"roberta": "RobertaForSequenceClassification", "bert": "BertForSequenceClassification", "llama": "LlamaForSequenceClassification"}
+    theirs = build_model(family, names[family])
+    theirs.config.id2label = {0: "YES", 1: "NO", 2: "MAYBE"}
+    theirs.config.label2id = {label: i for i, label in theirs.config.id2label.items()}
+    width = next(m for m in theirs.modules() if isinstance(m, nn.Linear) and m.out_features != 3).in_features
+    head = theirs.score if family == "llama" else theirs.classifier if family == "bert" else theirs.classifier.out_proj
+    if head.out_features != 3:
+        new = nn.Linear(width, 3, bias=head.bias is not None)
+        if family == "llama":
+            theirs.score = new
+        elif family == "bert":
+            theirs.classifier = new
+        else:
+            theirs.classifier.out_proj = new
+        theirs.config.num_labels = 3
+        theirs.config.id2label, theirs.num_labels = {0: "YES", 1: "NO", 2: "MAYBE"}, 3
+    theirs.save_pretrained(tmp_path)
+    build_tokenizer(family).save_pretrained(tmp_path)
+    ours, _ = load(tmp_path, "classification", LABELS)  # no, maybe, yes
+    ids = torch.tensor([[1, 5, 6, 7]])
+    want, got = theirs.eval()(ids).logits, ours(ids).logits
+    assert (want[0, 0] - want[0, 1]).abs() > 1e-3
+    torch.testing.assert_close(got, want[:, [1, 2, 0]], rtol=0, atol=1e-5)
+    same, _ = load(tmp_path, "classification", ("a", "b", "c"))  # other names: as they come
+    torch.testing.assert_close(same(ids).logits, want, rtol=0, atol=1e-5)
+
+
 # -------------------------------------------------------------------------- the language models
 
 

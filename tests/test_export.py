@@ -1,5 +1,6 @@
 """What is exported gives our logits in PEFT and in plain transformers."""
 
+import dataclasses
 import json
 import re
 
@@ -18,7 +19,8 @@ import export  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
 from harness import backbones, exports  # noqa: E402
-from harness.run import Run  # noqa: E402
+from harness.run import Run, base_fingerprint  # noqa: E402
+from harness.run import build_model as build  # noqa: E402
 from harness.settings import Settings  # noqa: E402
 from model import default_targets, head_modules, logits  # noqa: E402
 
@@ -209,6 +211,7 @@ def check_cards(run, tmp_path, monkeypatch, capsys, answer):
     with torch.no_grad():
         ours = logits(run.model, batch())
         exports.export_peft(run, tmp_path / "peft")
+        assert "made by" not in (tmp_path / "peft" / "README.md").read_text().lower()  # an opened run knows no command
         exports.export_merged(run, tmp_path / "merged")
         for folder in (tmp_path / "peft", tmp_path / "merged"):
             names, printed = execute(folder, monkeypatch, capsys)
@@ -218,7 +221,7 @@ def check_cards(run, tmp_path, monkeypatch, capsys, answer):
             assert printed == answer or float(printed.strip("[]")) == pytest.approx(float(answer), abs=1e-4)
             for file in folder.iterdir():  # nothing but the base lies on this machine
                 assert str(tmp_path) not in file.read_bytes().decode("latin1"), file
-            assert transformers.AutoTokenizer.from_pretrained(folder)("w5")["input_ids"] == run.tokenizer.encode([("w5",)])[0]["input_ids"]
+            assert names["tokenizer"]("w5")["input_ids"] == run.tokenizer.encode([("w5",)])[0]["input_ids"]
     return names["model"]
 
 
@@ -231,7 +234,7 @@ def write_csv(path, labels):
 def train_run(tmp_path, base, labels, *more):
     """A run of the real loop on rows with these labels; it leaves tmp_path/run."""
     argv = ["--backbone", base, "--data", write_csv(tmp_path / "rows.csv", labels), "--text", "text", "--label", "label"]
-    argv += ["--max-length", "32", "--epochs", "8", "--lr", "0.05", "--head-lr", "0.1", "--no-figures", "--device", "cpu"]
+    argv += ["--max-length", "32", "--epochs", "4", "--lr", "0.05", "--head-lr", "0.1", "--no-figures", "--device", "cpu"]
     assert train.main([*argv, "--out", str(tmp_path / "run"), *more]) == 0
     return str(tmp_path / "run")
 
@@ -259,7 +262,8 @@ def test_the_lines_of_a_classifiers_card_give_its_logits_and_names(
     card = (tmp_path / "a" / "README.md").read_text()
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"| accuracy | {last['accuracy']:.4f} |" in card and f"| dev_loss | {last['dev_loss']:.4f} |" in card
-    assert f"python train.py --backbone {base} --data rows.csv " in card and " --out run --method triadapt " in card and "- data: rows.csv" in card
+    assert f"python train.py --backbone {base} --data rows.csv " in card
+    assert " --out run --method triadapt " in card and "- data: rows.csv" in card
     assert f"- task: custom, classification ({', '.join(labels)})" in card
     yaml = pytest.importorskip("yaml")  # transformers needs it
     front = yaml.safe_load(card.split("---\n")[1])
@@ -268,7 +272,12 @@ def test_the_lines_of_a_classifiers_card_give_its_logits_and_names(
     run = Run.open(out)
     (found,) = run.predict([data.Example("0", ("a text",))])["answers"]
     model = check_cards(run, tmp_path, monkeypatch, capsys, str([labels[found]]))
-    assert model.config.id2label == dict(enumerate(labels)) and model.config.label2id == {name: i for i, name in enumerate(labels)}
+    assert model.config.id2label == dict(enumerate(labels))
+    for options in [{"num_labels": len(labels)}] + [{}] * (len(labels) == 2 and not own_head):  # PEFT's own way, without names
+        auto = peft.AutoPeftModelForSequenceClassification
+        alone = auto.from_pretrained(tmp_path / "peft", ignore_mismatched_sizes=own_head, **options)
+        with torch.no_grad():
+            assert (logits(alone.eval().base_model.model, batch()) - logits(run.model, batch())).abs().max() < BOUND
 
 
 def test_the_lines_of_a_regressions_card_give_its_scores(folders, tmp_path, monkeypatch, capsys):
@@ -282,16 +291,24 @@ def test_the_lines_of_a_decoders_card_classify_with_its_padding(folders, tmp_pat
     run = trained(folders[family], "lora")
     run.settings.max_length = 32
     (found,) = run.predict([data.Example("0", ("a text",))])["answers"]
-    backbone = run.model.config.pad_token_id
-    assert check_cards(run, tmp_path, monkeypatch, capsys, str([LABELS[found]])).config.pad_token_id == backbone
+    padding = run.model.config.pad_token_id
+    pair = [data.Example(str(i), (text,)) for i, text in enumerate(["w5", "w7 w8 w9"])]  # of two lengths, in one batch
+    expected = torch.tensor(run.predict(pair)["probabilities"])
+    assert check_cards(run, tmp_path, monkeypatch, capsys, str([LABELS[found]])).config.pad_token_id == padding
+    for place in ("peft", "merged"):
+        names, _ = execute(tmp_path / place, monkeypatch, capsys)
+        rows = names["tokenizer"](["w5", "w7 w8 w9"], padding=True, return_token_type_ids=False, return_tensors="pt")
+        with torch.no_grad():
+            assert (names["model"](**rows).logits.softmax(-1) - expected).abs().max() < BOUND
 
 
-def language_model(folder):
+def language_model(folder, task=data.TASKS["math"], dtype="float32"):
     """A run of a causal language model whose adapter matters."""
     torch.manual_seed(0)
-    model, tokenizer = backbones.load(folder, "lm")
-    settings = Settings(method="lora", backbone=folder, max_length=32)
-    run = Run(settings, data.TASKS["math"], model, data.Tokenizer(tokenizer), "", max_new=5)
+    settings = Settings(method="lora", backbone=folder, max_length=32, dtype=dtype)
+    run = Run(settings, task, *build(settings, task), max_new=5)
+    run.fingerprint = base_fingerprint(run.model, settings)
+    model = run.model
     run.layers = run.method.inject(model, default_targets(model), rank=2)
     for p in model.parameters():
         if p.requires_grad:
@@ -300,11 +317,28 @@ def language_model(folder):
     return run
 
 
-def test_the_lines_of_a_language_models_card_write_what_the_run_writes(folders, tmp_path, monkeypatch, capsys):
-    run = language_model(folders["llama"])
-    (text,) = run.predict([data.Example("0", ("a question",))])["answers"]
-    assert text
-    check_cards(run, tmp_path, monkeypatch, capsys, text)
+CHAT = "{% for m in messages %}w7 {{ m.content }} {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("template", ["math", "", "chat", "w5 {question}"])
+def test_the_lines_of_a_language_models_card_write_what_the_run_writes(folders, tmp_path, monkeypatch, capsys, template, dtype):
+    task = data.TASKS["math"] if template == "math" else dataclasses.replace(data.TASKS["sft"], template=template)
+    run = language_model(folders["llama"], task, dtype)
+    run.tokenizer.source.chat_template = CHAT if template == "chat" else None
+    asked = ("a question",) if template == "math" else (("user", "a question"),)
+    (text,) = run.predict([data.Example("0", asked)])["answers"]
+    exports.export_peft(run, tmp_path / "peft")
+    names, printed = execute(tmp_path / "peft", monkeypatch, capsys)
+    assert text and printed == text and names["ids"] == run.features([data.Example("0", asked)])[0]["input_ids"]
+    assert names["model"].base_model.model.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
+    exports.from_peft(tmp_path / "peft", Settings(method="lora", out=str(tmp_path / "new")))
+    back = Run.open(str(tmp_path / "new"))
+    assert back.task == task and (back.settings.dtype, back.max_new) == (dtype, 5)
+    if template != "chat":  # which the base itself has not
+        assert back.predict([data.Example("0", asked)])["answers"] == [text]
+    if dtype == "float32" and template != "chat":
+        check_cards(run, tmp_path, monkeypatch, capsys, text)
 
 
 def test_the_lines_of_a_span_readers_card_run(folders, tmp_path, monkeypatch, capsys):
@@ -327,7 +361,7 @@ def test_a_lora_goes_to_peft_and_comes_back(folders, tmp_path, capsys):
     out, new = train_run(tmp_path, folders["roberta"], LABELS, "--method", "lora", "--rank", "3"), str(tmp_path / "new")
     assert export.main([out, "--peft", str(tmp_path / "a")]) == 0
     assert export.main([new, "--from-peft", str(tmp_path / "a"), "--peft", str(tmp_path / "b")]) == 0
-    assert json.loads((tmp_path / "new" / "config.json").read_text())["settings"]["options"] == {"rank": 3, "alpha": 3.0, "dropout": 0.0}
+    assert Run.open(new).settings.options == {"rank": 3, "alpha": 3.0, "dropout": 0.0}
     rows = data.load(Run.open(new).task, str(tmp_path / "rows.csv"), "test")
     before, after = (torch.tensor(Run.open(place).predict(rows)["probabilities"]) for place in (out, new))
     assert (before - after).abs().max() < BOUND
@@ -358,22 +392,14 @@ def test_any_export_but_doras_comes_back_as_lora(folders, tmp_path, family, name
     assert (ours - theirs).abs().max() < BOUND * max(1, ours.abs().max())
 
 
-def test_a_language_model_comes_back(folders, tmp_path):
-    run = language_model(folders["llama"])
-    exports.export_peft(run, tmp_path / "a")
-    exports.from_peft(str(tmp_path / "a"), Settings(method="lora", out=str(tmp_path / "new")))
-    rows = [data.Example(str(i), (f"w{i} w{i + 9}",)) for i in range(9)]
-    back = Run.open(str(tmp_path / "new"))
-    assert back.max_new == 5 and back.predict(rows)["answers"] == run.predict(rows)["answers"]
-
-
 @pytest.fixture(scope="module")
 def foreign(folders, tmp_path_factory):
     """(folder of an adapter that PEFT itself wrote, its logits)."""
     torch.manual_seed(3)
     base = plain(folders["roberta"])
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value", "output.dense"], lora_dropout=0.1,
-                             rank_pattern={"query": 2}, alpha_pattern={"layer.1.attention.self.value": 3, "value": 5})  # fmt: skip
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value", "output.dense"],
+                             lora_dropout=0.1, rank_pattern={"query": 2},
+                             alpha_pattern={"layer.1.attention.self.value": 3, "value": 5})  # fmt: skip
     model = peft.get_peft_model(base, config).eval()
     for name, p in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
@@ -424,8 +450,8 @@ WRONG = [
     ({A: None}, "are no A (r, n) and B (m, r)"),
     ({A: torch.ones(3, 16)}, "are no A (r, n) and B (m, r)"),
     ({A: torch.full((2, 16), torch.nan)}, "holds NaN or infinity"),
-    ({"base_model.model.roberta.embeddings.word_embeddings.weight": torch.ones(40, 16)}, "is neither a LoRA matrix nor of the head"),
-    ({"base_model.model.nowhere.lora_A.weight": torch.ones(2, 3), "base_model.model.nowhere.lora_B.weight": torch.ones(3, 2)}, "nowhere"),
+    ({"base_model.model.roberta.pooler.dense.weight": torch.ones(16, 16)}, "is neither a LoRA matrix nor of the head"),
+    ({f"base_model.model.nowhere.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}, "target 'nowhere'"),
 ]
 
 
