@@ -29,6 +29,7 @@ GENERATED = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "squa
 TEXT_ROWS = {"train": 300_000, "dev": 1_000, "test": 1_000}  # of text to pretrain on
 IGNORED = -100  # a label that the loss leaves out
 MASKED = 0.2  # share of a text's tokens that are predicted
+MANY = 100  # more classes than these are asked about
 SALIENT = 0.6  # of the times that a text with salient words is met, these are masked and no others
 
 
@@ -45,6 +46,8 @@ class Task:
     columns: tuple = ()  # for each text, and last for the label: the names its column goes by
     codes: tuple = ()  # the class names that integer labels 0, 1, .. in a file mean
     headless: bool = False  # the official train file has no header line
+    merge_labels: bool = False  # an own file's labels are compared without case and surrounding spaces
+    id: str = ""  # the column of the rows' names, else index, idx or id
     template: str = ""  # of prompts: "" joins the columns line by line, "chat" is the tokenizer's own
 
     @property
@@ -137,11 +140,12 @@ def load_prompts(task, path, labelled=True):
     return instructions.read(path, tuple(names[:-1]), names[-1] if names else None, template, labelled)
 
 
-def load_custom(path, text, label, task=None):
+def load_custom(path, text, label, task=None, *, kind=None, merge_labels=False, classes_ok=False):
     """(Task, examples) of your own .csv, .tsv or .jsonl: `text` names one or two columns, `label` one.
 
-    Labels are classes, their names sorted and kept in task.labels; numbers of which some have a
-    fraction are scores. With `task`, of an earlier file, its classes are expected again.
+    Labels are classes, their names trimmed, sorted and kept in task.labels; numbers of which some have a fraction are
+    scores; `kind` decides otherwise. Labels that differ in case or spaces alone are one class with `merge_labels`, else an
+    error. So are more classes than one means, unless `classes_ok`. With `task`, of an earlier file, its classes are expected.
     """
     if task:
         return task, load(task, path)
@@ -149,30 +153,63 @@ def load_custom(path, text, label, task=None):
     if len(text) not in (1, 2):
         raise ValueError(f"text is one column or two, not {len(text)}: {', '.join(text)}")
     names = tuple((name,) for name in (*text, label))
-    task = Task("custom", "classification", pair=len(text) == 2, columns=names)
-    columns, rows = files.read_table(path)
+    task = Task("custom", "classification", pair=len(text) == 2, columns=names, merge_labels=merge_labels)
+    columns, rows = files.read_table(path, task)
     for name in names:
         files.find_column(path, task, columns, name)
+    labels = [(line, files.label_text(path, line, files.get(path, line, row, label))) for line, row in rows]
     lines = {}  # each label -> the first line that has it
-    for line, row in rows:
-        lines.setdefault(files.label_text(path, line, files.get(path, line, row, label)), line)
+    for line, value in labels:
+        lines.setdefault(value.strip(), line)
     if "" in lines:
         raise bad(path, lines[""], f"the label in {label!r} is empty")
+    kind = kind or own_kind(path, lines)
+    if kind == "regression":
+        words = [value for value in lines if files.number(value) is None]
+        if words:
+            raise bad(path, lines[words[0]], f"label {brief(words[0])} is not a number, as --kind regression has them")
+    if len(lines) == 1:
+        raise ValueError(f"{path}: every row has the label {brief(*lines)}; at least two are needed")
+    if kind == "regression":
+        task = replace(task, kind=kind, metrics=("pearson", "spearman"))
+    else:
+        classes = own_classes(path, label, labels, merge_labels, classes_ok)
+        task = replace(task, labels=classes, metrics=("accuracy", "macro_f1"))
+    return task, files.to_examples(task, path, (columns, rows), labelled=True)
+
+
+def own_kind(path, lines):
+    """What the labels of an own file are, {label: its first line}: scores where some number has a fraction, else classes."""
     numbers = {value: files.number(value) for value in lines}
     words = [value for value, x in numbers.items() if x is None]
     fractions = [value for value, x in numbers.items() if x is not None and not x.is_integer()]
+    if words and all(files.number(value.replace(",", "")) is not None for value in words):
+        raise bad(path, lines[words[0]], f"label {brief(words[0])} has a comma: a number has a decimal point and no comma "
+                                         "(--kind classification takes it as a class's name)")  # fmt: skip
     if fractions and words:
         raise bad(path, lines[words[0]], f"label {brief(words[0])} is not a number, as {fractions[0]} is")
-    if len(lines) == 1:
-        raise ValueError(f"{path}: every row has the label {brief(*lines)}; at least two are needed")
-    if fractions:
-        task = replace(task, kind="regression", metrics=("pearson", "spearman"))
-    else:
-        labels = tuple(sorted(lines, key=None if words else numbers.get))
-        if not words and len(set(numbers.values())) < len(labels):
-            raise ValueError(f"{path}: {label!r} writes one number in two ways: {brief(', '.join(labels))}")
-        task = replace(task, labels=labels, metrics=("accuracy", "macro_f1"))
-    return task, files.to_examples(task, path, (columns, rows), labelled=True)
+    return "regression" if fractions else "classification"
+
+
+def own_classes(path, column, labels, merge, many_ok):
+    """The classes of an own file's [(line, label)], sorted. Many of them, or one a row, are a question."""
+    found, rows = {files.same(value) for _, value in labels}, len(labels)
+    scores = all(files.number(value) is not None for value in found)
+    go_on = "--classes-ok goes on" + ", --kind regression takes them as scores" * scores
+    if not many_ok and len(found) > max(5, rows // 2):
+        raise ValueError(f"{path}: {column!r} has {len(found)} different labels in {rows} rows, as an id or a text has: is it "
+                         f"the column of labels? ({go_on})")  # fmt: skip
+    if not many_ok and len(found) > MANY:
+        raise ValueError(f"{path}: {column!r} has {len(found)} different labels: is each meant as a class? ({go_on})")
+    classes = sorted(files.own_classes(path, labels, merge), key=files.number if scores else None)
+    if scores and len(set(map(files.number, classes))) < len(classes):
+        raise ValueError(f"{path}: {column!r} writes one number in two ways: {brief(', '.join(classes))}")
+    return tuple(classes)
+
+
+def empty(examples):
+    """How many examples have a text without a word. Chats never do: their reader refuses them."""
+    return sum(any(isinstance(text, str) and not text.strip() for text in e.text) for e in examples)
 
 
 # -------------------------------------------------------------------- features and batches

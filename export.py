@@ -37,7 +37,7 @@ def main(argv=None):
     back.add_argument("--backbone", metavar="NAME", help="its base (default: the one that the adapter names)")
     back.add_argument("--task", choices=data.TASKS, metavar="TASK", help="its task (default: what an export from here says)")
     back.add_argument("--labels", nargs="+", metavar="NAME", help="its classes, in their order, for a task of your own")
-    back.add_argument("--text", nargs="+", metavar="COLUMN", default=["text"], help="with --labels: columns of text (default text)")
+    back.add_argument("--text", nargs="+", metavar="COLUMN", default=["text"], help="with --labels: its columns (default text)")
     back.add_argument("--max-length", type=count, default=128, help="with --task or --labels: tokens (default 128)")
     args = parser.parse_args(argv)
     if not args.peft and not args.merged and not args.from_peft:

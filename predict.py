@@ -6,8 +6,9 @@
     python predict.py out/sft-lora-0 prompts.jsonl --temperature 0.7 --top-p 0.9 --max-new 200
 
 A file is read as the run's training data was: GLUE's, SQuAD's or GSM8K's layout, or your own columns. With - every
-line of standard input is a text, the two texts of a pair with a tab between them. If the file has labels, the
-metrics go to standard error. A run that writes text (math, sft) shows it as it comes where standard output is a terminal.
+line of standard input is a text, a blank line an empty one, the two texts of a pair with a tab between them. The rows come
+in the file's order, with its column index, idx or id as their id. If the file has labels, the metrics go to standard error.
+A run that writes text (math, sft) shows it as it comes where standard output is a terminal.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import csv
 import json
 import os
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -29,8 +31,12 @@ def read(task, source):
     """Examples of `source`, labels where it has them."""
     if source != "-":
         return data.load(task, source, "test")
+    content = files.decode("<stdin>", sys.stdin.buffer.read())
+    if not content:
+        raise files.bad("<stdin>", 1, "there is no line")
     examples = []
-    for i, text in enumerate(files.split_lines("<stdin>", files.decode("<stdin>", sys.stdin.buffer.read())), 1):
+    for i, text in enumerate(content.removesuffix("\n").split("\n"), 1):
+        text = text.removesuffix("\r")
         parts = tuple(text.split("\t"))
         if len(parts) != 1 + task.pair:
             wanted = "two texts with a tab between them" if task.pair else "one text without a tab"
@@ -39,10 +45,17 @@ def read(task, source):
     return examples
 
 
-def rows_of(task, examples, answers, probabilities):
-    """One dict per example: id, prediction in words, and a probability for each class or for the span."""
-    for example, answer, p in zip(examples, answers, probabilities):
-        row = {"id": example.id, "prediction": task.labels[answer] if task.labels else answer}
+def texts_of(example):
+    """{"text": ..}, of a pair {"text1": .., "text2": ..}; of a chat, line by line, the words of its turns."""
+    parts = example.text if isinstance(example.text[0], str) else ["\n".join(words for _, words in example.text)]
+    return {"text" + str(i) * (len(parts) > 1): part for i, part in enumerate(parts, 1)}
+
+
+def rows_of(task, examples, found, text=False):
+    """One dict per example: id, its text if asked, prediction in words, and a probability for each class or for the span."""
+    for example, answer, p in zip(examples, found["answers"], found["probabilities"]):
+        row = {"id": example.id} | (texts_of(example) if text else {})
+        row["prediction"] = task.labels[answer] if task.labels else answer
         if task.labels:
             row.update({f"p({label})": round(x, 6) for label, x in zip(task.labels, p)})
         elif p is not None:
@@ -50,10 +63,10 @@ def rows_of(task, examples, answers, probabilities):
         yield row
 
 
-def write_texts(run, examples, args):
+def write_texts(run, features, args):
     """The texts that a language model writes behind each prompt, one after the other, shown as they come on a terminal."""
     pick, texts = generation.sampler(args.temperature, args.top_p, args.seed), []
-    for row in run.features(examples):
+    for row in features:
         prompt = row["input_ids"][: row["prompt"]]
         with run.autocast():
             ids = generation.tokens(run.model, prompt, run.max_new, run.tokenizer.sep_id, pick)
@@ -68,17 +81,27 @@ def write_texts(run, examples, args):
     return {"answers": texts, "probabilities": [None] * len(texts)}
 
 
-def show(task, examples, found, form):
+def show(task, examples, found, args):
     """The rows on standard output."""
     writer = None
-    for row in rows_of(task, examples, found["answers"], found["probabilities"]):
-        if form == "jsonl":
+    for row in rows_of(task, examples, found, args.text):
+        if args.format == "jsonl":
             print(json.dumps(row, ensure_ascii=False))
             continue
         if writer is None:
             writer = csv.DictWriter(sys.stdout, list(row), delimiter="\t", lineterminator="\n")
             writer.writeheader()
         writer.writerow(row)
+
+
+def remark(run, examples, features):
+    """Empty texts and texts that were cut, counted, on standard error."""
+    empty, cut = data.empty(examples), sum(row["cut"] for row in features)
+    if empty:
+        print(f"predict.py: {empty:,} of {len(examples):,} rows have an empty text", file=sys.stderr)
+    if cut:
+        print(f"predict.py: {cut:,} of {len(examples):,} texts are longer than the run's {run.settings.max_length} tokens: "
+              "cut", file=sys.stderr)  # fmt: skip
 
 
 def predict(args):
@@ -91,14 +114,20 @@ def predict(args):
     writes = task.kind == "lm" and task.metrics != ("choice",)
     if not writes and (args.max_new or args.temperature or args.top_p != 1 or args.seed):
         raise ValueError("--max-new, --temperature, --top-p and --seed go with a run that writes text")
+    if args.submission and (args.text or args.id):
+        raise ValueError("--text and --id do not go with --submission, which has GLUE's two columns")
+    if args.id and (args.file == "-" or not task.columns or task.name == "sft"):
+        raise ValueError("--id names a column of a table, of which this run reads none")
     run.max_new = args.max_new or run.max_new
-    examples, watched = read(task, args.file), sys.stdout.isatty()
+    examples, watched = read(replace(task, id=args.id or ""), args.file), sys.stdout.isatty()
+    features = run.features(examples)
+    remark(run, examples, features)
     live = writes and (watched or args.temperature > 0)
-    found = write_texts(run, examples, args) if live else run.predict(examples)
+    found = write_texts(run, features, args) if live else run.predict(examples, features)
     if args.submission:
         files.write_submission(task, found["answers"], args.submission)
     elif not (live and watched):  # shown already
-        show(task, examples, found, args.format)
+        show(task, examples, found, args)
     if all(example.label is not None for example in examples) and task.metrics != ("loss",):
         scores = metrics.score(task, examples, found["answers"])
         print(", ".join(f"{name} {value:.6f}" for name, value in scores.items()), file=sys.stderr)
@@ -110,6 +139,8 @@ def main(argv=None):
     parser.add_argument("run", help="run folder")
     parser.add_argument("file", help="a file, or - for standard input")
     parser.add_argument("--format", choices=("tsv", "jsonl"), default="tsv")
+    parser.add_argument("--text", action="store_true", help="show the text beside its prediction")
+    parser.add_argument("--id", metavar="COLUMN", help="the file's column of ids (default: index, idx or id, else the row's number)")
     parser.add_argument("--submission", metavar="FILE", help="write GLUE's submission file instead")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--max-new", type=count, help="text: tokens at most (default: as in training)")

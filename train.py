@@ -185,10 +185,7 @@ def fine_tune(s, command, stop):
     print(f"base    {run.base}, {run.count()[1]:,} numbers")
     print(f"task    {run.task.name} from {s.data or 'the generated world'}: {len(run.train):,} training rows, "
           f"{len(run.dev):,} for development, {run.task.kind}" + (f" ({', '.join(run.task.labels)})" if run.task.labels else ""))
-    if s.data and not (s.backbone or s.scratch):
-        print("note    the tiny bases know their generated world only: on real text use --backbone")
-    if cut := sum(row["cut"] for row in run.train_features):
-        print(f"cut     {cut:,} of {len(run.train):,} training texts are longer than --max-length {s.max_length} tokens")
+    remark(run)
     state = folder.state_to_resume(run)
     if state is None:
         run.adapt()
@@ -225,6 +222,21 @@ def groups_of(run):
                            ([p for p in group["params"] if p in heads], s.head_lr)):  # fmt: skip
             groups += [{**group, "params": params, "lr": lr, "peak": lr}] if params else []
     return groups
+
+
+def remark(run):
+    """What one should know of the rows before waiting for a result."""
+    s = run.settings
+    if s.data and not (s.backbone or s.scratch):
+        print("note    the tiny bases know their generated world only: on real text use --backbone")
+    if s.data and len(run.dev) < 10:
+        print(f"note    a development set of {len(run.dev)} says {'nothing' if len(run.dev) == 1 else 'little'}: "
+              "give more rows, or --dev FILE")
+    for name, rows in (("training", run.train), ("development", run.dev)):
+        if n := data.empty(rows):
+            print(f"empty   {n:,} of {len(rows):,} {name} rows have an empty text")
+    if cut := sum(row["cut"] for row in run.train_features):
+        print(f"cut     {cut:,} of {len(run.train):,} training texts are longer than --max-length {s.max_length} tokens")
 
 
 def introduce(run, progress):

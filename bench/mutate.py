@@ -7,7 +7,8 @@
 
 A mutant is the file with one point changed (`variants` says how), never a docstring, an annotation or a message. It is
 killed if a test fails, the tests cannot be collected or they do not end. What a run has found is kept in out/mutants/
-(--cache) and not run again until the file or its tests change. What changes nothing that could be noticed is listed
+(--cache) and not run again while it holds: a survivor until the file or its tests change, a kill as long as the function
+that was mutated and the test that noticed are what they were. What changes nothing that could be noticed is listed
 with the reason in bench/equivalent.jsonl, by file, line of source and change.
 
 The tests run in a copy of the tree, each mutant in a fresh process: a fork of one that has imported torch and whatever
@@ -25,6 +26,7 @@ import ast
 import collections
 import contextlib
 import copy
+import functools
 import glob
 import hashlib
 import importlib
@@ -438,7 +440,7 @@ class Results:
 
     def __init__(self, folder):
         os.makedirs(folder, exist_ok=True)
-        self.path, self.rows, self.killers = os.path.join(folder, "results.jsonl"), {}, {}
+        self.path, self.rows, self.killers, self.killed = os.path.join(folder, "results.jsonl"), {}, {}, {}
         self.kills = collections.Counter()
         if os.path.exists(self.path):
             for line in read(self.path).splitlines():
@@ -450,6 +452,7 @@ class Results:
         if row["result"] == "killed":
             self.killers[row["file"], row["source"], row["change"]] = row["by"]
             self.kills[row["by"]] += 1
+            self.killed[row["file"], row["source"], row["change"], row.get("holds")] = row
         elif row["result"] == "survived":
             self.killers.pop((row["file"], row["source"], row["change"]), None)
 
@@ -459,7 +462,35 @@ class Results:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def get(self, file, state, mutant):
-        return self.rows.get((file, state, mutant.source, mutant.change))
+        """The verdict that holds for the mutant today, or None."""
+        key = file, mutant.source, mutant.change
+        by = self.killers.get(key)
+        kept = by and self.killed.get((*key, holds_while(read(os.path.join(ROOT, file)), mutant.line, by)))
+        return self.rows.get((file, state, mutant.source, mutant.change)) or kept
+
+
+@functools.cache
+def holds_while(text, line, by, folder=ROOT):
+    """A hash of what a kill rests on: the function (or top-level statement) of the mutated line, and the test."""
+    parts = [segment(text, lambda node: node.lineno <= line <= node.end_lineno)]
+    path, _, test = by.partition("::")
+    if test and os.path.exists(os.path.join(folder, path)):
+        name = test.partition("[")[0].rpartition("::")[2]
+        parts.append(segment(read(os.path.join(folder, path)), lambda node: getattr(node, "name", None) == name))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def tree_of(text):
+    return ast.parse(text)
+
+
+def segment(text, wanted):
+    """The source of the innermost function, or else top-level statement, that `wanted` picks."""
+    inside = [node for top in tree_of(text).body for node in [top, *getattr(top, "body", [])] if isinstance(node, ast.stmt)]
+    found = [node for node in inside if wanted(node)]
+    lines = text.splitlines()
+    return "\n".join(lines[found[-1].lineno - 1 : found[-1].end_lineno]) if found else ""
 
 
 def state_of(file, tests):
@@ -481,7 +512,7 @@ def run_file(file, tests, options, results):
     if options.survivors:
         todo = [m for m in todo if (file, m.source, m.change) not in results.killers]
     print(f"{file}: {len(mutants)} mutants, {len(todo)} to run", flush=True)
-    if not todo:
+    if not todo and (file, state, "", "") in results.rows:
         return
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         bench = Bench(file, tests, options.jobs, os.path.realpath(folder))
@@ -500,7 +531,8 @@ def run_file(file, tests, options, results):
         start = shown = time.time()
         count = collections.Counter()
         for mutant, result, by in bench.run([(m, m.code, lambda m=m: order(m)) for m in todo]):
-            results.add(file=file, state=state, source=mutant.source, change=mutant.change, result=result, by=by)
+            basis = {"holds": holds_while(read(os.path.join(ROOT, file)), mutant.line, by)} if result == "killed" else {}
+            results.add(file=file, state=state, source=mutant.source, change=mutant.change, result=result, by=by, **basis)
             count[result] += 1
             done, now = count.total(), time.time()
             if result == "survived":

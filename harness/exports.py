@@ -31,8 +31,9 @@ PLACES = {"--data", "--dev", "--out", "--base", "--compare", "--save-base", "--t
           "--export-merged", "--from-peft"}  # fmt: skip
 FACTS = {"task": dict, "max_length": int, "max_new": int, "base": str | None, "dtype": str}  # task.json
 # What adapter_config.json may set for a plain LoRA, and what to these values alone.
-SET = """task_type base_model_name_or_path peft_version auto_mapping inference_mode r lora_alpha lora_dropout rank_pattern
-    alpha_pattern target_modules exclude_modules modules_to_save fan_in_fan_out layers_to_transform layers_pattern eva_config""".split()
+SET = """task_type base_model_name_or_path peft_version auto_mapping inference_mode r lora_alpha lora_dropout
+    rank_pattern alpha_pattern target_modules exclude_modules modules_to_save fan_in_fan_out layers_to_transform
+    layers_pattern eva_config""".split()
 PLAIN = {
     "peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"],
     "megatron_core": ["megatron.core"], "qalora_group_size": [16],

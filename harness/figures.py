@@ -21,19 +21,19 @@ from harness.settings import in_words
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's colours, which all eyes tell apart
 CYCLE = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES = ["-", "--", "-.", ":"]
-# What a quantity means, in words; of one method, where the methods differ. One that is not here is called by its name.
+# What a quantity means, its name before the comma; of one method, where the methods differ. Others are called by their key.
 WORDS = {
     "ranks": "rank r, the number of directions in which the update dW of a layer can act",
     "scaling": "scaling s, the factor in front of the update dW = s B A",
-    "alpha": "alpha, the trained factor of the update dW = alpha C B A",
+    "alpha": "factor alpha, which is trained, of the update dW = alpha C B A",
     "A_spectral": "largest singular value of A, which is drawn at random and frozen",
-    "B_spectral": "largest singular value of B, which is trained",
+    "B_spectral": "largest singular value of B, which is trained from zero",
     "C_spectral": "largest singular value of C, which is drawn at random and frozen",
     "B_norm": "Frobenius norm of B, which is trained from zero",
-    ("triadapt", "importance"): "score S, by how much ||L + U||_F / r of a layer rose since the event before (L, U: its triangles)",
-    ("increlora", "importance"): "score of a layer: |weight x gradient| of its update dW, averaged over steps, times its uncertainty",
-    ("adalora", "importance"): "score of a layer: |weight x gradient| of its triplets, averaged over steps, times its uncertainty",
-    ("task_tlora", "importance"): "share p of a layer in the sensitivity of the loss to all layers, before training; gives r and s",
+    ("triadapt", "importance"): "score S, the rise of ||L + U||_F / r since the event before (L, U: a layer's triangles; r: its rank)",
+    ("increlora", "importance"): "score, |dW x its gradient| of a layer's update dW, averaged over steps, times its uncertainty",
+    ("adalora", "importance"): "score, |weight x gradient| of a layer's triplets, averaged over steps, times its uncertainty",
+    ("task_tlora", "importance"): "share p, a layer's part in the loss's sensitivity to all, before training; rank and scaling follow from it",
     ("lora_ga", "spectrum"): "singular values of the gradient of the loss with respect to W0",
     "spectrum": "eigenvalues of C, the second moment of a layer's input on the task's own rows",
 }  # fmt: skip
@@ -45,13 +45,19 @@ def pyplot():
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "savefig.dpi": 130,
-                         "axes.titlesize": 9, "figure.constrained_layout.use": True, "axes.prop_cycle": plt.cycler(color=CYCLE)})  # fmt: skip
+    plt.rcParams.update({
+        "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 9, "figure.dpi": 130,
+        "figure.constrained_layout.use": True, "axes.prop_cycle": plt.cycler(color=CYCLE),
+    })  # fmt: skip
     return plt
 
 
 def meaning(method, quantity):
     return WORDS.get((method, quantity)) or WORDS.get(quantity) or quantity.replace("_", " ")
+
+
+def sentence(words):
+    return words[0].upper() + words[1:]
 
 
 def place(name):
@@ -83,7 +89,8 @@ def layer_words(names):
 def save(fig, out, name, title, caption):
     """The figure with a sentence above it and the meanings below; the sentence goes into the PNG too."""
     inches = fig.get_figwidth()
-    fig.suptitle(textwrap.fill(title, int(10.5 * inches)), x=0.01, ha="left", fontsize=10, weight="bold")
+    title = title.replace(" %", "\u00a0%")  # not at the start of a line
+    fig.suptitle(textwrap.fill(title, int(11.2 * inches)), x=0.01, ha="left", fontsize=10, weight="bold")
     fig.supxlabel(textwrap.fill(caption, int(15.5 * inches)), x=0.01, ha="left", fontsize=7.5, color="0.3")
     fig.get_layout_engine().execute(fig)
     fig.set_layout_engine("none")  # the layout is done; an engine would make savefig draw everything twice
@@ -140,8 +147,7 @@ def rank_history(rows, start):
 
 def curves(out, history, headline, ranks):
     """Loss, the headline metric and, where it changes, the total rank, over the steps."""
-    plt = pyplot()
-    totals = [sum(row.values()) for _, row in ranks]
+    plt, totals = pyplot(), [sum(row.values()) for _, row in ranks]
     panels = 1 + bool(headline) + (len(set(totals)) > 1)
     fig, axes = plt.subplots(1, panels, figsize=(max(3.6 * panels, 5), 3.2), squeeze=False)
     axes, steps, last = list(axes[0]), [row["step"] for row in history], history[-1]
@@ -156,7 +162,7 @@ def curves(out, history, headline, ranks):
         ax.plot(steps, [row[headline] for row in history], "s-", ms=4, color=ORANGE)
         ax.set_title(f"{headline} (development)")
         title += f" and {headline} is {last[headline]:.3g}"
-        title += ", its best" if best is last else f" (best {best[headline]:.3g} at step {best['step']})"
+        title += ", its best" if best[headline] == last[headline] else f" (best {best[headline]:.3g} at step {best['step']})"
     if axes:
         axes[0].step([step for step, _ in ranks] + [last["step"]], [*totals, totals[-1]], where="post", color=GREEN)
         axes[0].set(title="total rank", ylim=(0, None))
@@ -168,48 +174,61 @@ def curves(out, history, headline, ranks):
     return save(fig, out, "curves.png", title, "Training loss: mean over the steps since the last evaluation.")
 
 
-def paint(ax, table, cell=None, centred=False, whole=False):
-    """A (rows, columns) table as colours, dark to light, or from blue through white at 0 to red; cell(i, j) is written inside."""
-    known = table[~table.isnan()]
-    bound = max(known.abs().max().item(), 1e-12)
-    scale = {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound} if centred else {"cmap": "cividis"}
-    image = ax.imshow(table.numpy(), aspect="auto", interpolation="nearest", **scale)
+def scale(values):
+    """How numbers become colours: dark to light or, if some are negative, blue to red, white at 0, by the root of their size."""
+    from matplotlib import colors
+
+    low, high = values.min().item(), values.max().item()
+    if low >= 0:
+        return {"cmap": "cividis", "norm": colors.Normalize(low, high)}
+    bound = max(-low, high)
+    root = (lambda x: torch.as_tensor(x).sign().mul(torch.as_tensor(x).abs().sqrt()).numpy(), lambda x: x * abs(x))
+    return {"cmap": "RdBu_r", "norm": colors.FuncNorm(root, -bound, bound)}
+
+
+def paint(ax, table, how, cell=None):
+    """A (rows, columns) table as colours; cell(i, j) is written inside, where there is one."""
+    image = ax.imshow(table.numpy(), aspect="auto", interpolation="nearest", **how)
     for i, j in (~table.isnan()).nonzero().tolist() if cell else ():
-        if words := cell(i, j):
-            light = sum(c * w for c, w in zip(image.cmap(image.norm(table[i, j].item())), (0.3, 0.59, 0.11)))
-            ax.text(j, i, words, ha="center", va="center", fontsize=6.5, color="white" if light < 0.5 else "black")
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
-    if whole:
-        bar.ax.yaxis.set_major_locator(pyplot().MaxNLocator(6, integer=True))
+        light = sum(c * w for c, w in zip(image.cmap(image.norm(table[i, j].item())), (0.3, 0.59, 0.11)))
+        ax.text(j, i, cell(i, j), ha="center", va="center", fontsize=6.5, color="white" if light < 0.5 else "black")
     return image
 
 
-def grid(ax, quantity, values, centred):
-    """The last values as blocks x matrices, each written into its cell."""
+def bar(ax, image):
+    """The colour bar: whole numbers for ranks, zero in the middle where some numbers are negative."""
+    low, high = image.norm.vmin, image.norm.vmax
+    ticks = [low, low / 4, 0, high / 4, high] if image.cmap.name == "RdBu_r" else pyplot().MaxNLocator(6)
+    ax.figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="%.3g")
+
+
+def blocks_by_matrices(ax, values, how):
+    """{layer: number} as blocks x matrices, each written into its cell if there are not too many."""
     places = {name: place(name) for name in values}
     blocks, matrices = (list(dict.fromkeys(p[i] for p in places.values())) for i in (0, 1))
     table = torch.full((len(blocks), len(matrices)), float("nan"))
     for name, (block, matrix) in places.items():
         table[blocks.index(block), matrices.index(matrix)] = values[name]
-    whole = all(value == int(value) for value in values.values())
-    written = lambda i, j: f"{table[i, j]:.0f}" if whole else f"{table[i, j]:.2g}"  # noqa: E731
-    paint(ax, table, written if table.numel() <= 400 else None, centred, whole)
+    digits = ".0f" if all(value == int(value) for value in values.values()) else ".2g"
+    image = paint(ax, table, how, (lambda i, j: f"{table[i, j]:{digits}}") if table.numel() <= 400 else None)
     ax.set_xticks(range(len(matrices)), short(matrices).values(), rotation=40, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(blocks)), short(blocks, 2).values())
-    ax.set_title(quantity)
+    return image
 
 
-def over_layers(ax, names, steps, xlabel):
-    """Ticks of a layers x steps table, as many as there is room for, and a line between blocks."""
+def layers_by_steps(ax, rows, how, cell=None):
+    """[(step, {layer: number})] as layers x steps: ticks as many as there is room for, a line between blocks."""
+    names, steps = list(rows[0][1]), [step or "start" for step, _ in rows]
+    table = torch.tensor([[values[name] for _, values in rows] for name in names], dtype=torch.float64)
+    image = paint(ax, table, how, cell and (lambda i, j: cell(rows, names[i], j)))
     words, every = list(layer_words(names).values()), math.ceil(len(names) / 160)
     ax.set_yticks(range(0, len(names), every), words[::every], fontsize=6)
     every = math.ceil(len(steps) / 16)
     ax.set_xticks(range(0, len(steps), every), steps[::every], fontsize=7)
-    blocks = [place(name)[0] for name in names]
-    for i in range(1, len(names)):
-        if blocks[i] != blocks[i - 1]:
-            ax.axhline(i - 0.5, color="0.6", lw=0.6)
-    ax.set_xlabel(xlabel)
+    for i, (before, after) in enumerate(zip(names, names[1:])):
+        if place(before)[0] != place(after)[0]:
+            ax.axhline(i + 0.5, color="0.6", lw=0.6)
+    bar(ax, image)
 
 
 def tall(names):
@@ -217,62 +236,72 @@ def tall(names):
     return max(2.8, min(0.15 * len(names), 24.0) + 1.5)
 
 
+def maps(rows, cell=None):
+    """(figure, axes): the last values as blocks x matrices and, if they changed, beside it every layer over the steps."""
+    last, how = rows[-1][1], scale(torch.tensor([list(values.values()) for _, values in rows], dtype=torch.float64))
+    changed = any(values != last for _, values in rows)
+    blocks, matrices = (len({place(name)[i] for name in last}) for i in (0, 1))
+    widths = [1.7 + 0.55 * matrices, min(max(0.55 * len(rows), 2.5), 9) + 1.8][: 1 + changed]
+    size = max(sum(widths), 4.5), tall(last) if changed else max(2.4, 0.3 * blocks + 1.8)
+    fig, axes = pyplot().subplots(1, 1 + changed, figsize=size, squeeze=False, width_ratios=widths)
+    image = blocks_by_matrices(axes[0, 0], last, how)
+    if changed:
+        layers_by_steps(axes[0, 1], rows, how, cell if len(rows) <= 18 else None)
+    else:
+        bar(axes[0, 0], image)
+    return fig, axes[0]
+
+
 def growth(out, ranks):
     """ranks.png: at each step where ranks changed, which layer from which rank to which; left, where that ended."""
-    first, last, names = ranks[0][1], ranks[-1][1], list(ranks[0][1])
-    table = torch.tensor([[row[name] for _, row in ranks] for name in names], dtype=torch.float32)
-    matrices, columns = len({place(name)[1] for name in names}), len(ranks)
-    widths = [1.9 + 0.5 * matrices, min(max(0.5 * columns, 2.5), 9) + 1.6]
-    fig, axes = pyplot().subplots(1, 2, figsize=(sum(widths), tall(names)), width_ratios=widths)
-    grid(axes[0], f"ranks at the end (sum {sum(last.values())})", last, False)
-    changed = lambda i, j: f"{table[i, j - 1]:.0f}→{table[i, j]:.0f}" if j and table[i, j] != table[i, j - 1] else ""  # noqa: E731
-    paint(axes[1], table, changed if columns <= 18 else None, whole=True)
-    over_layers(axes[1], names, [step or "start" for step, _ in ranks], "step at which ranks changed (columns are not equally far apart)")
-    axes[1].set_title("each layer's rank, and what changed")
-    most, went = max(last.values()), "grew" if sum(last.values()) >= sum(first.values()) else "shrank"
-    top = [word for name, word in layer_words(names).items() if last[name] == most]
-    title = f"Ranks {went} at {columns - 1} step{'s' * (columns > 2)}, from {sum(first.values())} to {sum(last.values())} in all: "
-    title += f"{', '.join(top)} ended highest, at {most}" if len(top) < 4 else f"{len(top)} layers ended highest, at {most}"
-    return save(fig, out, "ranks.png", title, f"{meaning('', 'ranks').capitalize()}. 1→5: a rank of 1 became 5 at this step.")
+    def change(rows, name, j):
+        before, now = rows[max(j - 1, 0)][1][name], rows[j][1][name]
+        return f"{before}→{now}" if before != now else ""
+
+    first, last = ranks[0][1], ranks[-1][1]
+    fig, axes = maps(ranks, change)
+    axes[0].set_title(f"ranks at the end (sum {sum(last.values())})")
+    axes[1].set(title="every layer's rank, and what changed", xlabel="step at which ranks changed")
+    start, end, most = sum(first.values()), sum(last.values()), max(last.values())
+    top = [word for name, word in layer_words(last).items() if last[name] == most]
+    title = f"Ranks {'grew' if end >= start else 'shrank'} at {len(ranks) - 1} step{'s' * (len(ranks) > 2)}, "
+    title += f"from {start} to {end} in all; "
+    title += f"highest in the end: {' and '.join(top)}, at {most}" if len(top) < 3 else f"{len(top)} layers share the highest, {most}"
+    caption = f"{sentence(meaning('', 'ranks'))}. 1→5: a rank of 1 became 5 at this step."
+    return save(fig, out, "ranks.png", title, caption)
 
 
 def importance(out, events, words):
     """importance.png: every layer's score at each growth event, zero in white, with a dot where that layer then grew."""
-    names = list(events[0][1]["scores"])
-    table = torch.tensor([[event["scores"][name] for _, event in events] for name in names])
-    fig, ax = pyplot().subplots(figsize=(min(max(0.42 * len(events), 2.5), 9) + 2.8, tall(names)))
-    paint(ax, table, centred=True)
-    grown = [(j, i) for j, (_, event) in enumerate(events) for i, name in enumerate(names) if name in event["grown"]]
+    rows = [(step, event["scores"]) for step, event in events]
+    names, steps = list(rows[0][1]), len(rows)
+    table = torch.tensor([list(scores.values()) for _, scores in rows], dtype=torch.float64)
+    fig, ax = pyplot().subplots(figsize=(min(max(0.42 * steps, 3.4), 9) + 2.6, tall(names)))
+    layers_by_steps(ax, rows, scale(torch.cat([table, -table])))
+    grown = [(j, names.index(name)) for j, (_, event) in enumerate(events) for name in event["grown"]]
     ax.scatter(*zip(*grown), s=14, color="black", edgecolors="white", linewidths=0.6)
-    over_layers(ax, names, [step for step, _ in events], "step of the growth event")
-    highest, best = table.max().item(), divmod(table.argmax().item(), len(events))
-    title = f"The score that decides who grows was highest in {layer_words(names)[names[best[0]]]} at step {events[best[1]][0]} "
-    title += f"({highest:.2g}); {(table < 0).sum()} of {table.numel()} scores were negative"
+    ax.set_xlabel("step of the growth event")
+    j, i = divmod(table.argmax().item(), len(names))
+    title = f"The score that decides what grows was highest in {layer_words(names)[names[i]]} at step {rows[j][0]} "
+    title += f"({table.max():.2g}); {(table < 0).sum()} of {table.numel()} scores were negative"
+    title = title if (table != table[0, 0]).any() else f"Every layer had the same score at every event, {table[0, 0]:.2g}"
     return save(fig, out, "importance.png", title, f"Colour: {words}. Dot: the layer grew at this event.")
 
 
 def heat_map(out, quantity, rows, words):
-    """The last values as blocks x matrices and, if they changed, every layer over the evaluations."""
+    """A quantity that the method watches: maps of its values at the evaluations."""
     step, last = rows[-1]
-    names = list(last)
-    table = torch.tensor([[row[name] for name in names] for _, row in rows], dtype=torch.float64).T  # (layers, evaluations)
-    changed, centred = bool((table != table[:, :1]).any()), bool((table < 0).any())
-    widths = [1.9 + 0.6 * len({place(name)[1] for name in names}), min(max(0.4 * len(rows), 2), 6) + 1.8][: 1 + changed]
-    blocks = len({place(name)[0] for name in names})
-    height = tall(names) if changed else max(2.4, 0.3 * blocks + 1.8)
-    fig, axes = pyplot().subplots(1, 1 + changed, figsize=(max(sum(widths), 4.5), height), squeeze=False, width_ratios=widths)
-    grid(axes[0, 0], f"at step {step}", last, centred)
-    if changed:
-        paint(axes[0, 1], table, centred=centred)
-        over_layers(axes[0, 1], names, [step for step, _ in rows], "step of the evaluation")
-        axes[0, 1].set_title("over training")
-    low, high = min(names, key=last.get), max(names, key=last.get)
-    name, labels = quantity.replace("_", " "), layer_words(names)
+    fig, axes = maps(rows)
+    axes[0].set_title(f"at step {step}")
+    if len(axes) > 1:
+        axes[1].set(title="over training", xlabel="step of the evaluation")
+    labels, low, high = layer_words(last), min(last, key=last.get), max(last, key=last.get)
+    title = f"The {words.split(',')[0]} is "
     if last[low] == last[high]:
-        title = f"{name} is {last[high]:.3g} in every layer"
+        title += f"{last[high]:.3g} in every layer"
     else:
-        title = f"{name} is highest in {labels[high]} ({last[high]:.3g}) and lowest in {labels[low]} ({last[low]:.3g})"
-    return save(fig, out, f"{quantity}.png", title[0].upper() + title[1:], f"{words[0].upper()}{words[1:]}.")
+        title += f"highest in {labels[high]} ({last[high]:.3g}) and lowest in {labels[low]} ({last[low]:.3g})"
+    return save(fig, out, f"{quantity}.png", title, f"{sentence(words)}.")
 
 
 @torch.no_grad()
@@ -299,10 +328,11 @@ def histograms(out, layers, form):
     for ax in axes.flat[len(pools) :]:
         ax.remove()
     sizes = {key: values.square().mean().sqrt().item() for key, values in pools.items()}
-    ratio = f"{sizes['dW'] / sizes['W0']:.2g} times as large as" if sizes["dW"] and sizes["W0"] else "zero beside"
-    title = f"The entries of the update dW are {ratio} those of the frozen weights W0"
-    caption = f"Entries of all {len(layers)} layers. W0: frozen weights; dW: what training adds to them; other letters: the matrices "
-    return save(fig, out, "histograms.png", title, f"{caption}of {form}. Dashed: a Gaussian of the same mean and standard deviation.")
+    share = 100 * sizes["dW"] / max(sizes["W0"], 1e-12)
+    title = f"The update dW has entries of {share:.2g} % of the size of those of the weights W0 (root mean square)"
+    caption = f"Entries of all {len(layers)} layers. W0: frozen weights; dW: what training adds to them; other letters: "
+    caption += f"the matrices of {form}. Dashed: a Gaussian of the same mean and standard deviation."
+    return save(fig, out, "histograms.png", title, caption)
 
 
 @torch.no_grad()
@@ -343,32 +373,31 @@ def spectrum(out, method):
     the blocks, and a band from the least to the largest; kinds whose spectra are the same share one. The largest = 1."""
     with open(os.path.join(out, "plan.json"), encoding="utf-8") as file:
         plan = json.load(file)
-    kinds, half = {}, []
+    kinds, most = {}, []
     for name, given in plan.items():
         values = torch.tensor(given["spectrum"], dtype=torch.float64).clamp(min=0)
         kinds.setdefault(place(name)[1], []).append(values / values[0].clamp(min=1e-300))
-        half.append((len(values), 1 + int((values.cumsum(0) < 0.9 * values.sum()).sum())))
+        most.append((len(values), 1 + int((values.cumsum(0) < 0.9 * values.sum()).sum())))
     words, lines = short(list(kinds)), {}
     for kind, curves in kinds.items():
         n = min(map(len, curves))
         table = torch.stack([values[:n] for values in curves])
         same = next((key for key, other in lines.items() if other.shape == table.shape and torch.allclose(other, table)), None)
         lines[f"{same}, {words[kind]}" if same else words[kind]] = lines.pop(same) if same else table
-    fig, ax = pyplot().subplots(figsize=(6, 3.8))
+    fig, ax = pyplot().subplots(figsize=(6.5, 3.8))
     for i, (label, table) in enumerate(lines.items()):
         middle, color = table.median(0).values, CYCLE[i % len(CYCLE)]
         seen = int((middle > 1e-8).sum())
         at = range(1, seen + 1)
         ax.fill_between(at, table.amin(0)[:seen].clamp(min=1e-8), table.amax(0)[:seen], color=color, alpha=0.15, lw=0)
         ax.plot(at, middle[:seen], STYLES[i % 4], color=color, label=label)
-    ax.set(yscale="log", ylim=(1e-8, 2), xlabel="by size, from the largest", ylabel="relative to the largest")
-    ax.legend(frameon=False, fontsize=7.5, loc="upper right")
-    size, needed = sorted(half, key=lambda pair: pair[1] / pair[0])[len(half) // 2]
-    title = f"Few directions carry most: in the median layer {needed} of {size} hold 90 % of the sum"
-    if needed > size / 4:
-        title = f"It takes {needed} of {size} directions to hold 90 % of the sum in the median layer"
+    low = max(1e-8, min(table[table > 0].min().item() for table in lines.values()) / 2)
+    ax.set(yscale="log", ylim=(low, 2), xlabel="by size, from the largest", ylabel="relative to the largest")
+    ax.legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
+    size, needed = sorted(most, key=lambda pair: pair[1] / pair[0])[len(most) // 2]
     meant = meaning(method, "spectrum")
-    return save(fig, out, "spectrum.png", title, f"{meant[0].upper()}{meant[1:]}. Line: median over blocks; band: from the least to the largest.")
+    title = f"In the median layer the largest {needed} of {size} {meant.split(' of ')[0]} make up 90 % of their sum"
+    return save(fig, out, "spectrum.png", title, f"{sentence(meant)}. Line: median over blocks; band: least to largest.")
 
 
 def redraw(out):

@@ -304,7 +304,7 @@ def choose_device(wanted):
 def load_task(s):
     """(task, training examples, development examples)."""
     if s.text:
-        task, rows = data.load_custom(s.data, s.text, s.label)
+        task, rows = data.load_custom(s.data, s.text, s.label, kind=s.kind, merge_labels=s.merge_labels, classes_ok=s.classes_ok)
         return task, *split(s, rows, data.load(task, s.dev, "dev") if s.dev else None)
     task = data.TASKS[s.task]
     if s.task == "sft":
@@ -322,6 +322,8 @@ def split(s, rows, dev):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         held = set(order[: max(1, len(rows) // 10)])
         rows, dev = [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+        if not rows:
+            raise ValueError(f"{s.data}: one row is too few: one is held out for development, --dev FILE gives others")
     return rows[: s.rows], dev
 
 

@@ -21,9 +21,9 @@ from harness.methods import BACKBONE_RATES, FROM_RUN, METHODS, ONLY_WITH, option
 EPOCHS = 6
 TASK_EPOCHS = {"sst2": 3, "mrpc": 1, "qqp": 1, "stsb": 1, "mnli": 2, "qnli": 2, "rte": 2, "squad": 2, "math": 3}
 FEW = ", ".join(f"{task} {n}" for task, n in TASK_EPOCHS.items())
+MANY = data.MANY  # a field is called data, too
+BY_METHOD = "default: the method's, in the table below"
 HEAD_RATE = 1e-3  # of the task head beside any method: swept once, with LoRA (docs/rates.md)
-RATES, DECAYS = (", ".join(f"{name} {facts[i]:g}" for name, facts in METHODS.items()) for i in (2, 3))
-REAL_RATES = ", ".join(f"{name} {rate:g}" for name, (rate, _) in BACKBONE_RATES.items())
 
 
 def count(text):
@@ -59,9 +59,13 @@ class Settings:
     overwrite: bool = flag(False, "replace another run in that folder")
     resume: bool = flag(False, "go on where this same command was stopped")
 
-    data: str | None = flag(None, "a folder in the task's official layout, or your own CSV, TSV or JSONL file", group="data")
+    data: str | None = flag(None, "a folder in the task's official layout, or your own CSV, TSV (no quoting) or JSONL file", group="data")
     text: list[str] | None = flag(None, "your own file: its one or two columns of text", nargs="+", metavar="COLUMN")
     label: str | None = flag(None, "your own file: its column of labels", metavar="COLUMN")
+    kind: str | None = flag(None, "your own file: what its labels are, classes or scores (default: scores where a number has a fraction)",
+                            choices=("classification", "regression"))
+    merge_labels: bool = flag(False, "your own file: labels that differ in case or surrounding spaces alone are one class")
+    classes_ok: bool = flag(False, f"your own file: more than {MANY} classes are meant, or more than half as many as rows")
     dev: str | None = flag(None, "your own development file (default: a random tenth of --data)", metavar="FILE")
     prompt: list[str] | None = flag(None, "task sft: the columns of the prompt (default: as in the published sets)", nargs="+", metavar="COLUMN")
     answer: str | None = flag(None, "task sft: the column of the answer", metavar="COLUMN")
@@ -93,12 +97,12 @@ class Settings:
     max_steps: int | None = flag(None, "stop after this many optimizer steps, if that is sooner", type=count)
     batch_size: int = flag(32, "rows per batch (default 32, as three of the papers)", type=count)
     accumulate: int = flag(1, "batches per optimizer step (default 1)", type=count)
-    lr: float | None = flag(None, f"peak learning rate (default: {RATES}; with --backbone: {REAL_RATES})", type=number)
+    lr: float | None = flag(None, f"peak learning rate ({BY_METHOD})", type=number)
     head_lr: float | None = flag(None, f"peak learning rate of the task head (default {HEAD_RATE:g}; --lr for method head)", type=number)
     schedule: str = flag("linear", "after the warm-up (default linear, as three of the papers)", choices=("linear", "cosine", "constant"))
     # 6 % is RoBERTa's and TLoRA's.
     warmup: float = flag(0.06, "share of the steps with a rising rate (default 0.06)", type=number)
-    weight_decay: float | None = flag(None, f"AdamW's (default: {DECAYS})", type=number)
+    weight_decay: float | None = flag(None, f"AdamW's ({BY_METHOD})", type=number)
     betas: list[float] = flag([0.9, 0.999], "AdamW's (default 0.9 0.999)", type=number, nargs=2)
     clip: float = flag(1.0, "largest norm of the gradient, 0 = no limit (default 1)", type=number)
     eval_every: int | None = flag(None, "optimizer steps between evaluations (default: each epoch)", type=count)
@@ -187,14 +191,25 @@ class Parser(argparse.ArgumentParser):
         return words
 
 
-def build_parser(description=None):
-    """Flags of the run in groups, then the methods' own; a flag that is not given is None."""
+class Help(argparse.HelpFormatter):
+    """Tables keep their lines."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=110)
+
+    def _fill_text(self, text, width, indent):
+        return textwrap.indent(text, indent) if "\n" in text else super()._fill_text(text, width, indent)
+
+
+def build_parser(description=None, method=None):
+    """Flags of the run in groups, then the methods' own, or those of one `method`; a flag that is not given is None."""
     p = Parser(
         prog="train.py",
         usage="python train.py [@FILE] [--method METHOD] [--task TASK] [flags]",
         description=description,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110),
+        formatter_class=Help,
         allow_abbrev=False,
+        add_help=False,
         fromfile_prefix_chars="@",
         epilog="@FILE stands for the flags in that file, as recipes/ has them of the papers' runs; flags behind it win.",
     )
@@ -208,37 +223,76 @@ def build_parser(description=None):
             more["action"] = "store_true"
         elif f.type == bool | None:
             more["action"] = argparse.BooleanOptionalAction
-        elif f.default is not dataclasses.MISSING:
-            more["default"] = f.default
-        else:
-            more["default"] = f.default_factory()
+        else:  # --method has no default here: whether it is given decides what --help shows
+            more["default"] = None if f.name == "method" else f.default_factory() if f.default is dataclasses.MISSING else f.default
+        if method in METHODS and f.name in ("method", "lr", "weight_decay"):
+            more["help"] = of_method(method, f.name)
         group.add_argument("--" + f.name.replace("_", "-"), **more)
-
+        if f.name == "method":
+            group.add_argument("-h", "--help", action="store_true", help="this text; with --method METHOD, that method's options alone")
+    shown = [method] if method else METHODS
     owners = {}  # option -> {method: (type, default, help)}
-    for name in METHODS:
+    for name in shown:
         for option, facts in options(name).items():
             owners.setdefault(option, {})[name] = facts
-    for title, members in [("options that methods share", [o for o in owners if len(owners[o]) > 1])] + [
-        (f"options of {name}", [o for o in owners if list(owners[o]) == [name]]) for name in METHODS
-    ]:
-        group = p.add_argument_group(title) if members else None
+    shared = {option: of for option, of in owners.items() if len(of) > 1}
+    if not method:
+        group = p.add_argument_group("options that methods share", tables(shared))
+        for option in shared:
+            add_option(group, option, shared[option])
+    for name in shown:
+        members = [option for option in owners if list(owners[option]) == [name]]
+        group = p.add_argument_group(f"options of {name}") if members else None
         for option in members:
             add_option(group, option, owners[option])
     return p
 
 
+def of_method(method, name):
+    """The help of a flag whose default is the method's."""
+    _, words, rate, decay = METHODS[method]
+    real, source = BACKBONE_RATES[method]
+    return {"method": words, "lr": f"peak learning rate (default {rate:g}; with --backbone {real:g}: {source})",
+            "weight_decay": f"AdamW's (default {decay:g})"}[name].replace("%", "%%")  # fmt: skip
+
+
+def default_of(option, facts):
+    return FROM_RUN[option][0] if option in FROM_RUN else facts[1]
+
+
+def tables(shared, width=106):
+    """Defaults, a method a row: as many columns beside each other as there is room for, then the next."""
+    columns = {"lr": {name: f"{facts[2]:g}" for name, facts in METHODS.items()},
+               "lr (backbone)": {name: f"{rate:g}" for name, (rate, _) in BACKBONE_RATES.items()},
+               "weight-decay": {name: f"{facts[3]:g}" for name, facts in METHODS.items()}}  # fmt: skip
+    for option, owners in shared.items():
+        cells = {name: "*" if option in FROM_RUN else f"{facts[1]:g}" if type(facts[1]) in (int, float) else str(facts[1] or "by model")
+                 for name, facts in owners.items()}  # fmt: skip
+        columns[option.replace("_", "-")] = cells
+    first = max(map(len, METHODS))
+    blocks, room = [], 0
+    for title, cells in columns.items():
+        wide = 2 + max(map(len, [title, *cells.values()]))
+        if room < wide:
+            blocks, room = [*blocks, {}], width - first
+        blocks[-1][title], room = wide, room - wide
+    lines = ["Defaults (- where a method has no such option):"]
+    for block in blocks:
+        lines += ["", "method".ljust(first) + "".join(title.rjust(wide) for title, wide in block.items())]
+        lines += [name.ljust(first) + "".join(columns[title].get(name, "-").rjust(wide) for title, wide in block.items())
+                  for name in METHODS if any(name in columns[title] for title in block)]  # fmt: skip
+    shares = ", ".join(f"--{option.replace('_', '-')} {FROM_RUN[option][0]}" for option in shared if option in FROM_RUN)
+    return "\n".join([*lines, "", f"* a share of the run: {shares}"])
+
+
 def add_option(group, option, owners):
-    """One flag for a method's option, or for several methods' that share the name."""
-    kind = next(iter(owners.values()))[0]
-    texts = {name: facts[2] for name, facts in owners.items()}
-    defaults = {name: FROM_RUN[option][0] if option in FROM_RUN else facts[1] for name, facts in owners.items()}
-    text = listed(texts, "; ") + f" (default {listed(defaults, ', ')})"
-    flag = "--" + option.replace("_", "-")
-    if kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
-        return
-    group.add_argument(flag, type=kind if kind in (int, float) else str, choices=typing.get_args(kind) or None,
-                       help=text.replace("%", "%%"))  # fmt: skip
+    """One flag for a method's option, or for several methods' that share the name: the words are the yardstick's, or the first's."""
+    kind, default, text = owners.get("lora", next(iter(owners.values())))
+    differ = len({facts[2] for facts in owners.values()}) > 1
+    text += f" (default {default_of(option, (kind, default))})" if len(owners) == 1 else "; differs by method" if differ else ""
+    more = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+        "type": kind if kind in (int, float) else str, "choices": typing.get_args(kind) or None}  # fmt: skip
+    group.add_argument("--" + option.replace("_", "-"), help=text.replace("%", "%%"), **more)
 
 
 def in_words(error):
@@ -248,21 +302,14 @@ def in_words(error):
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def listed(values, separator):
-    """One value if all methods share it, else each with its methods: "lora, tlora: 8; triadapt: 1"."""
-    owners = {}
-    for name, value in values.items():
-        owners.setdefault(value, []).append(name)
-    if len(owners) == 1:
-        return str(next(iter(owners)))
-    return separator.join(f"{value} for {' and '.join(names)}" if separator == ", " else f"{', '.join(names)}: {value}"
-                          for value, names in owners.items())  # fmt: skip
-
-
 def parse(argv, description=None):
     """Settings from the command line; a method's flag with another method is refused."""
     parser = build_parser(description)
     values = vars(parser.parse_args(argv))
+    if values.pop("help"):
+        build_parser(description, values["method"]).print_help()
+        parser.exit()
+    values["method"] = values["method"] or Settings.method
     own = options(values["method"])
     known = {f.name for f in dataclasses.fields(Settings)}
     given = {option: values.pop(option) for option in list(values) if option not in known}
@@ -299,6 +346,10 @@ def check(s):
     for name in ("out", "data", "label", "dev", "backbone", "base", "save_base", "export_peft", "export_merged", "compare", "answer", "template"):
         if getattr(s, name) == "":
             raise ValueError(f"--{name.replace('_', '-')} is empty")
+    if s.text is None and (s.kind or s.merge_labels or s.classes_ok):
+        raise ValueError("--kind, --merge-labels and --classes-ok go with --text COLUMN, for a file of your own")
+    if s.kind == "regression" and (s.merge_labels or s.classes_ok):
+        raise ValueError("--merge-labels and --classes-ok are for classes, --kind regression has scores")
     if s.text is None and (s.label or s.dev and s.task != "sft"):
         raise ValueError("--label and --dev go with --text COLUMN, for a file of your own")
     if s.task != "sft" and (s.prompt or s.answer or s.template or s.score):

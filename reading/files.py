@@ -6,14 +6,21 @@ reads back identically. A `task` is a Task of data.py, of which its columns and 
 """
 
 import csv
+import functools
 import json
 import math
 import os
 import re
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 SPLITS = ("train", "dev", "test")
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of a .csv, found by its header
+NO_QUOTING = "; in a TSV a quote is text and no field holds a tab or a line end: name a file with quoting .csv"
+CSV_QUOTING = "; a field with a separator, a quote or a line end stands in quotes, and a quote in it is doubled"
+csv.field_size_limit(2**31 - 1)  # a text may be longer than csv's 131,072
 MNLI_SPLITS = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
 
 
@@ -44,9 +51,12 @@ def brief(value, limit=60):
 def read_text(path):
     """The text of a UTF-8 file without its byte-order mark."""
     try:
-        return decode(path, Path(path).read_bytes())
+        text = decode(path, Path(path).read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
+    if not text.strip("\r\n"):
+        raise bad(path, 1, "the file is empty")
+    return text
 
 
 def decode(path, content):
@@ -58,8 +68,6 @@ def decode(path, content):
         raise bad(path, line, f"not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8") from None
     if text.startswith("version https://git-lfs"):
         raise bad(path, 1, "a Git-LFS pointer, not the data: fetch it with git lfs pull")
-    if not text.strip("\r\n"):
-        raise bad(path, 1, "the file is empty")
     if "\0" in text:
         raise bad(path, text[: text.index("\0")].count("\n") + 1, "a NUL byte: this is not a text file")
     return text
@@ -77,16 +85,29 @@ def split_lines(path, text):
     return lines
 
 
-def csv_rows(path, text):
-    """[(line, fields)] of a .csv with its quoting; a quoted field may hold commas and line ends."""
-    reader = csv.reader((line + "\n" for line in text.split("\n")), strict=True)
+def csv_rows(path, text, columns=()):
+    r"""[(line, fields)] of a .csv with its quoting; a quoted field may hold separators and line ends. The separator is that
+    with which the header has most of `columns`, the names that each goes by.
+
+    A \r that ends no line is text, though csv takes it for a line end: a NUL, which no text holds, stands for it.
+    """
+    lines = [line + "\n" for line in re.sub(r"\r(?!\n|\Z)", "\0", text).split("\n")]
+
+    def found(separator):
+        try:
+            header = next(csv.reader(lines, delimiter=separator))
+        except csv.Error:
+            return 0
+        return sum(any(name in header for name in names) for names in columns)
+
+    reader = csv.reader(lines, delimiter=max(SEPARATORS, key=found), strict=True)
     rows, line = [], 1
     try:
         for fields in reader:
-            rows.append((line, fields))
+            rows.append((line, [field.replace("\0", "\r") for field in fields]))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise bad(path, line, f"not CSV: {error}") from None
+        raise bad(path, line, f"not CSV: {error}{CSV_QUOTING}") from None
     while not rows[-1][1]:
         rows.pop()
     for line, fields in rows:
@@ -128,7 +149,8 @@ def json_rows(path, text):
 def read_table(path, task=None):
     """(columns, [(line, {column: value})]) of a .csv, a .jsonl or .json (an object per line), else a TSV.
 
-    TSV fields have no quoting: a quote is text. A first line that is a row of `task` is no header.
+    TSV fields have no quoting: a quote is text. A first line that is a row of `task` is no header. A .csv may have
+    semicolons or tabs, if its header has the columns of `task` then.
     """
     text = read_text(path)
     ending = Path(path).suffix.lower()
@@ -136,7 +158,7 @@ def read_table(path, task=None):
         rows = json_rows(path, text)
         return list(rows[0][1]), rows
     if ending == ".csv":
-        rows = csv_rows(path, text)
+        rows = csv_rows(path, text, task.columns if task else ())
     else:
         rows = [(i, line.split("\t")) for i, line in enumerate(split_lines(path, text), 1)]
     columns = rows[0][1]
@@ -148,11 +170,13 @@ def read_table(path, task=None):
         if columns.count(name) > 1:
             raise bad(path, 1, f"two columns are named {brief(name)}")
     if not rows:
-        raise bad(path, 1, "a header and no rows")
+        ends = ": its lines end with \\r alone, save it with \\n" if "\r" in text.strip("\r\n") else ""
+        raise bad(path, 1, f"a header and no rows{ends}")
     for line, fields in rows:
         if len(fields) != len(columns):
             wanted = f"{len(columns)}: {brief(', '.join(columns))}"
-            raise bad(path, line, f"{len(fields)} columns, expected {wanted}")
+            quoting = NO_QUOTING if ending != ".csv" and '"' in "".join(fields) else ""
+            raise bad(path, line, f"{len(fields)} columns, expected {wanted}{quoting}")
     return columns, [(line, dict(zip(columns, fields))) for line, fields in rows]
 
 
@@ -165,6 +189,12 @@ def number(value):
     return float(value) if plain and math.isfinite(float(value)) else None
 
 
+@functools.lru_cache(100_000)
+def same(label):
+    """What labels have in common that people take for one: no case, no spaces around it, one Unicode form."""
+    return " ".join(unicodedata.normalize("NFC", label).casefold().split())
+
+
 def parse_label(task, value):
     """Class index or score of a label as written in a file, or None if it is none."""
     if task.kind == "regression":
@@ -172,6 +202,8 @@ def parse_label(task, value):
         return None if task.name == "stsb" and score is not None and not 0 <= score <= 5 else score
     if value in task.labels:
         return task.labels.index(value)
+    if task.merge_labels and same(value) in map(same, task.labels):
+        return [same(label) for label in task.labels].index(same(value))
     codes = [str(i) for i in range(len(task.codes))]
     return task.labels.index(task.codes[codes.index(value)]) if value in codes else None
 
@@ -187,7 +219,29 @@ def label_text(path, line, value):
     """A label as written: JSON's numbers and booleans become their text, null becomes ''."""
     if isinstance(value, (dict, list)):
         raise bad(path, line, f"label {brief(value)} is not a word or a number")
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    return as_text(value)
+
+
+def as_text(value):
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def own_classes(path, labels, merge):
+    """The names of the classes of [(line, label)]: trimmed, in the order of the file. Labels that people take for one are
+    an error, or one class by `merge`, which has the commonest spelling."""
+    alike = {}  # what spellings have in common -> {spelling: its lines}
+    for line, label in labels:
+        alike.setdefault(same(label), {}).setdefault(label, []).append(line)
+    for spellings in alike.values():
+        if len(spellings) > 1 and not merge:
+            (a, first), (b, second) = list(spellings.items())[:2]
+            raise bad(path, second[0], f"label {brief(b)} and {brief(a)} of line {first[0]} differ only in case, spaces or "
+                                       "Unicode form: correct one, or --merge-labels takes them as one class")  # fmt: skip
+    counts = [Counter() for _ in alike]
+    for count, spellings in zip(counts, alike.values()):
+        for label, lines in spellings.items():
+            count[label.strip()] += len(lines)
+    return [count.most_common(1)[0][0] for count in counts]
 
 
 def find_column(path, task, columns, names, required=True):
@@ -198,7 +252,21 @@ def find_column(path, task, columns, names, required=True):
         return None
     wanted = " or ".join(repr(name) for name in names)
     headless = f" (or {len(task.header)} columns without a header)" if task.headless else ""
-    raise bad(path, 1, f"no column {wanted}{headless}; found: {brief(', '.join(columns), 200)}")
+    raise bad(path, 1, f"no column {wanted}{headless}; found: {brief(', '.join(columns), 200)}{looks_like(path, columns)}")
+
+
+def looks_like(path, columns):
+    """What a header without the wanted columns looks like: quotes in a TSV, another separator. Words for the error."""
+    ending = Path(path).suffix.lower()
+    if ending in (".jsonl", ".json"):
+        return ""
+    if ending != ".csv" and '"' in "".join(columns):
+        return NO_QUOTING
+    other = next((mark for mark in ";,\t|" if mark in columns[0]), None) if len(columns) == 1 else None
+    if other is None:
+        return ""
+    advice = "" if ending == ".csv" and other in SEPARATORS else ": save it with commas" if other == "|" else ": name it .csv"
+    return f"; its columns seem to be separated by {SEPARATORS.get(other, repr(other))}{advice}"
 
 
 def get(path, line, row, name):
@@ -208,12 +276,13 @@ def get(path, line, row, name):
 
 
 def to_examples(task, path, table, labelled):
-    """Examples of a table, its columns found by name. Without `labelled`, a missing label column, an
-    empty label and Hugging Face's -1 mean unlabelled."""
+    """Examples of a table, its columns found by name. Without `labelled`, a missing label column, an empty label and
+    Hugging Face's -1, where that is no label, mean unlabelled. Labels of an own file are trimmed."""
     columns, rows = table
     texts = [find_column(path, task, columns, names) for names in task.columns[:-1]]
     label_column = find_column(path, task, columns, task.columns[-1], required=labelled)
-    id_column = find_column(path, task, columns, ("index", "idx", "id"), required=False)
+    ids = (task.id,) if task.id else ("index", "idx", "id") + ("Index", "ID", "Id") * (task.name == "custom")
+    id_column = find_column(path, task, columns, ids, required=bool(task.id))
     if task.name == "mnli" and "premise" not in columns:
         task = replace(task, codes=())  # integers are unambiguous in Hugging Face's layout only
     examples = []
@@ -225,19 +294,22 @@ def to_examples(task, path, table, labelled):
         label = None
         if label_column is not None:
             value = label_text(path, line, get(path, line, row, label_column))
-            if labelled or value not in ("", "-1", "-1.0"):
-                label = parse_label(task, value)
-                if label is None:
-                    raise bad(path, line, f"label {brief(value)} is not {allowed_labels(task)}")
-        examples.append(Example(str(row.get(id_column, i)), text, label))
+            value = value.strip() if task.name == "custom" else value
+            label = parse_label(task, value)
+            if label is None and (labelled or value not in ("", "-1", "-1.0")):
+                raise bad(path, line, f"label {brief(value)} is not {allowed_labels(task, value)}")
+        examples.append(Example(as_text(row.get(id_column, str(i))), text, label))
     return examples
 
 
-def allowed_labels(task):
+def allowed_labels(task, value):
+    """What a label may be, in words, and which class `value` could be meant as."""
     if task.kind == "regression":
         return "a number from 0 to 5" if task.name == "stsb" else "a number"
     codes = f" (or 0 to {len(task.codes) - 1})" if task.codes else ""
-    return "one of " + brief(", ".join(task.labels), 200) + codes
+    meant = [name for name in task.labels if task.name == "custom" and same(name) == same(value)]
+    merged = f" (a run with --merge-labels takes it as {brief(meant[0])})" if meant else ""
+    return "one of " + brief(", ".join(task.labels), 200) + codes + merged
 
 
 def read_squad(path, labelled):
@@ -284,7 +356,7 @@ def read_math(path, labelled):
         if labelled or answer is not None:
             if not isinstance(answer, str) or not re.search(r"#### -?[\d.,]*\d[\d.,]*\s*$", answer, re.ASCII):
                 raise bad(path, line, f"'answer' does not end in '#### N' with a number N: {brief(answer)}")
-        examples.append(Example(str(i), (question,), answer))
+        examples.append(Example(as_text(row.get("id", str(i))), (question,), answer))
     return examples
 
 

@@ -449,12 +449,10 @@ def test_custom_jsonl_labels_may_be_numbers_and_booleans(tmp_path):
     [
         ("my.csv", "text,label\na,1\n", ":1: no column 't'; found: 'text, label'"),
         ("my.csv", "t,label\na,1\n", ":1: no column 'y'; found: 't, label'"),
-        ("my.csv", "t;y\na;1\n", ":1: no column 't'; found: 't;y'"),
         ("my.csv", "t,y\na,1\nb\n", ":3: 1 columns, expected 2"),
         ("my.csv", 't,y\n"a\nb",1\nc,1,1\n', ":4: 3 columns, expected 2"),
         ("my.csv", 't,y\na,1\n"b,1\nc,1\n', ":3: not CSV: unexpected end of data"),
         ("my.csv", 't,y\na,1\n"b"c,1\n', ":3: not CSV: ',' expected after '\"'"),
-        ("my.csv", "t,y\na\rb,1\nc,2\n", ":2: not CSV: new-line character seen in unquoted field"),
         ("my.csv", "t,y\na,1\n\nb,2\n", ":3: a blank line"),
         ("my.csv", "t,y\na,1\nb,\n", ":3: the label in 'y' is empty"),
         ("my.csv", "t,y\na,1\nb,1\n", ": every row has the label '1'; at least two are needed"),
@@ -562,10 +560,10 @@ def test_fuzz_csv(tmp_path):
     content = b'id,t,y\r\n1,"He ""said"", twice",up\r\n2,"two\r\nlines",down\r\n3,a 5" disk,up\r\n4,,down\r\n'
 
     def reference(content):
-        rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-        head, *rows = [row for row in rows if row]
-        labels = sorted({row[head.index("y")] for row in rows})
-        return [((row[head.index("t")],), labels.index(row[head.index("y")])) for row in rows]
+        text = re.sub(r"\r(?!\n|\Z)", "\0", content.decode("utf-8-sig"))  # csv takes every \r for a line end
+        head, *rows = [[field.replace("\0", "\r") for field in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
+        labels = sorted({row[head.index("y")].strip() for row in rows})
+        return [((row[head.index("t")],), labels.index(row[head.index("y")].strip())) for row in rows]
 
     fuzz(
         tmp_path / "a.csv",

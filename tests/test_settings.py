@@ -39,6 +39,13 @@ def test_every_option_of_every_method_is_a_flag_with_its_help():
         (["--warmup", "1.5"], "--warmup 1.5 is not below 1"),
         (["--betas", "0.9", "1"], "--betas 1.0 is not below 1"),
         (["--text", "a"], "--text goes with --data FILE and --label COLUMN"),
+        (["--kind", "regression"], "--kind, --merge-labels and --classes-ok go with --text COLUMN, for a file of your own"),
+        (["--merge-labels"], "--kind, --merge-labels and --classes-ok go with --text COLUMN"),
+        (["--classes-ok"], "--kind, --merge-labels and --classes-ok go with --text COLUMN"),
+        (["--data", "a.csv", "--text", "a", "--label", "b", "--kind", "regression", "--merge-labels"],
+         "--merge-labels and --classes-ok are for classes, --kind regression has scores"),
+        (["--data", "a.csv", "--text", "a", "--label", "b", "--kind", "scores"], "argument --kind: invalid choice: 'scores'"),
+        (["--help", "--method", "lorra"], "argument --method: invalid choice: 'lorra' (choose from"),
         (["--label", "a"], "--label and --dev go with --text COLUMN"),
         (["--export-peft", "x"], "--export-peft and --export-merged need --backbone"),
         (["--backbone", "x", "--scratch"], "--backbone is a model of its own"),
@@ -68,3 +75,56 @@ def test_epochs_are_those_of_the_generated_task_unless_said_otherwise():
         "--task rte", "--task cola", "--task rte --epochs 4", "--task rte --data some/folder",
     )] == [flags.TASK_EPOCHS["rte"], flags.EPOCHS, 4, flags.EPOCHS]  # fmt: skip
     assert flags.TASK_EPOCHS["rte"] != flags.EPOCHS and set(flags.TASK_EPOCHS) < set(data.GENERATED)
+
+
+def help_of(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    screen = capsys.readouterr()
+    assert stop.value.code == 0 and screen.err == ""
+    assert max(map(len, screen.out.splitlines())) <= 110
+    return screen.out
+
+
+def test_help_has_the_shared_options_as_a_table_of_method_and_default(capsys):
+    text = help_of(["--help"], capsys)
+    assert text == help_of(["-h"], capsys)
+    columns, found = [], {}  # {(method, column): cell}
+    for line in text[text.index("options that methods share:") : text.index("* a share of the run")].splitlines():
+        cells = re.split(r" {2,}", line.strip())
+        if cells[0] == "method":
+            columns = cells[1:]
+        elif cells[0] in METHODS:
+            assert len(cells) == 1 + len(columns)
+            found.update({(cells[0], column): cell for column, cell in zip(columns, cells[1:]) if cell != "-"})
+    expected, everything = {}, {name: methods.options(name) for name in METHODS}
+    for name, own in everything.items():
+        expected[name, "lr"] = f"{methods.METHODS[name][2]:g}"
+        expected[name, "lr (backbone)"] = f"{methods.BACKBONE_RATES[name][0]:g}"
+        expected[name, "weight-decay"] = f"{methods.METHODS[name][3]:g}"
+        for option, (_, default, _) in own.items():
+            if sum(option in other for other in everything.values()) > 1:
+                word = "*" if option in methods.FROM_RUN else "by model" if default == "" else f"{default:g}"
+                expected[name, option.replace("_", "-")] = word
+    assert found == expected and len(found) > 100
+    assert "* a share of the run: --interval a fifteenth of the steps, --t0 the warm-up steps\n" in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_with_a_method_has_its_options_alone_with_its_defaults(method, capsys):
+    text = re.sub(r"\s+", " ", help_of(["--method", method, "--help"], capsys))
+    flags_there = set(re.findall(r"--(?!no-)[a-z0-9-]+(?=[ ,])", text))
+    own = {"--" + option.replace("_", "-") for option in methods.options(method)}
+    others = {"--" + option.replace("_", "-") for name in METHODS for option in methods.options(name)} - own
+    assert own <= flags_there and not others & flags_there
+    for option, (_, default, words) in methods.options(method).items():
+        shown = methods.FROM_RUN[option][0] if option in methods.FROM_RUN else default
+        assert f"{words} (default {shown})" in text
+    assert f"peak learning rate (default {methods.METHODS[method][2]:g}; with --backbone {methods.BACKBONE_RATES[method][0]:g}: " in text
+    assert f"AdamW's (default {methods.METHODS[method][3]:g})" in text and f"--method METHOD {methods.METHODS[method][1]}" in text
+
+
+def test_help_takes_the_method_from_a_file_of_flags_too(tmp_path, capsys):
+    (tmp_path / "flags.txt").write_text("--method lora_xs\n")
+    assert help_of(["--help", f"@{tmp_path / 'flags.txt'}"], capsys) == help_of(["--method=lora_xs", "-h"], capsys)
+    assert parse([]).method == "triadapt"
