@@ -197,8 +197,8 @@ def own_classes(path, column, labels, merge, many_ok):
     scores = all(files.number(value) is not None for value in found)
     go_on = "--classes-ok goes on" + ", --kind regression takes them as scores" * scores
     if not many_ok and len(found) > max(5, rows // 2):
-        raise ValueError(f"{path}: {column!r} has {len(found)} different labels in {rows} rows, as an id or a text has: is it "
-                         f"the column of labels? ({go_on})")  # fmt: skip
+        raise ValueError(f"{path}: {column!r} has {len(found)} different labels in {rows} rows, as an id or a text has: "
+                         f"is it the column of labels? ({go_on})")  # fmt: skip
     if not many_ok and len(found) > MANY:
         raise ValueError(f"{path}: {column!r} has {len(found)} different labels: is each meant as a class? ({go_on})")
     classes = sorted(files.own_classes(path, labels, merge), key=files.number if scores else None)

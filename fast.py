@@ -164,7 +164,8 @@ def speed_up(model):
     """Let every layer with factors() over a plain nn.Linear compute through `LowRank`. Returns {layer: how, in words}."""
     words = {}
     for name, layer in model.named_modules():
-        if has_factors(layer) and type(getattr(layer, "base", None)) is nn.Linear and not isinstance(layer, Fast):
+        plain = type(getattr(layer, "base", None)) is nn.Linear and not getattr(layer, "reads_dW", False)
+        if plain and has_factors(layer) and not isinstance(layer, Fast):
             layer.__class__ = fast_class(type(layer))
         if isinstance(layer, Fast):
             words[name] = describe(layer)

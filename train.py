@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import model as modelling
-from harness import backbones, exports, figures, folder
+from harness import backbones, exports, figures, folder, report
 from harness.run import Run, choose_device, to_device
 from harness.settings import default_rate, in_words, parse
 from harness.stop import Stop, Stopped
@@ -58,14 +58,14 @@ def train(run, optimizer, progress, stop):
             if run.device.type == "cpu" or time.perf_counter() > looked + 0.3:
                 read(run, progress, unread, bar)
                 looked = time.perf_counter()
+            events = []
             if hasattr(method, "before_step"):
-                method.before_step(run.model, progress.step + 1, run.total_steps)
+                events.append(method.before_step(run.model, progress.step + 1, run.total_steps))
             optimizer.step()
             progress.step += 1
             if hasattr(method, "after_step"):
-                event = method.after_step(run.model, optimizer, progress.step, run.total_steps)
-                if event:
-                    progress.layers.append({"step": progress.step, "event": event})
+                events.append(method.after_step(run.model, optimizer, progress.step, run.total_steps))
+            progress.layers += [{"step": progress.step, "event": event} for event in events if event]
             if (save := saver.due()) or due(run, progress.step):
                 read(run, progress, unread, bar)  # what is no number is not kept
             if save:
@@ -269,6 +269,7 @@ def show(run, progress):
     other = (s.compare, compare(run)) if s.compare else None
     if not s.no_figures:
         figures.draw(run, progress, other)
+        report.write(s.out)
     if s.save_base:
         if run.layers:
             run.method.merge(run.model)

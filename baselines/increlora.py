@@ -76,6 +76,8 @@ class IncreLoRALinear(lora.LoRALinear):
         A, E, B = torch.cat(self.entries("A")), torch.cat(self.entries("E")), torch.cat(self.entries("B"), 1)
         return self.scaling * B * E.mT, A
 
+    reads_dW = True  # in its forward, for the score: fast.py leaves such a layer as it is
+
     def forward(self, input):
         self.called = True  # a layer whose weight is read instead is not to be merged
         P, Q = self.factors()

@@ -6,7 +6,7 @@
 
 Each run is `python train.py --method M --task T --seed S` with the defaults of that method and task. Finished runs are
 kept in bench/table.jsonl and not run again while the base, the tokenizer, the task's rows, the code and the defaults are
-the same; what changed is run anew. The slowest run of a method on a task is timed once more, alone on two cores, if it took
+the same; what changed is run anew, and until then the table says how many of its runs are old. The slowest run of a method on a task is timed once more, alone on two cores, if it took
 more than a minute. bench/table.md and the table in README.md are rewritten from these rows alone.
 """
 
@@ -40,6 +40,7 @@ MINUTE = 60  # seconds that a run may take on two cores
 MARKS = ("<!-- table of bench/table.py -->", "<!-- end of the table -->")
 
 
+@functools.cache
 def code(path):
     """A file's program without comments and layout."""
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
@@ -47,13 +48,8 @@ def code(path):
 
 
 @functools.cache
-def rows_of(task):
-    return repr([data.load(task, split=split) for split in ("train", "dev")])
-
-
-@functools.cache
 def fingerprint(method, task):
-    """What a number depends on: base, tokenizer, the task's rows, model, the method's file, all settings and options."""
+    """What a number depends on: base, tokenizer, the code of the rows, model, the method's file, all settings and options."""
     settings = parse([*METHODS[method], "--task", task])
     method_file = ALL[settings.method][0].replace(".", "/") + ".py"
     digest = hashlib.sha256()
@@ -61,18 +57,28 @@ def fingerprint(method, task):
         with open(path, "rb") as f:
             digest.update(f.read())
     asked = {key: value for key, value in vars(settings).items() if key not in ("out", "base")}
-    for part in (rows_of(task), code("model.py"), code(method_file), json.dumps(asked, sort_keys=True)):
+    rows = code("generated/world.py") + code("generated/suite.py")
+    for part in (rows, code("model.py"), code(method_file), json.dumps(asked, sort_keys=True)):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
 
 
 def read_rows():
-    """The kept rows that still hold."""
+    """The kept rows; one that no longer holds stands until it is run anew, and `caption` counts it."""
     if not os.path.exists(ROWS):
         return []
     with open(ROWS) as f:
-        rows = [json.loads(line) for line in f]
-    return [row for row in rows if row["fingerprint"] == fingerprint(row["method"], row["task"])]
+        return [json.loads(line) for line in f]
+
+
+def holds(row):
+    return row["fingerprint"] == fingerprint(row["method"], row["task"])
+
+
+def caption(rows):
+    """A sentence about rows of earlier code, empty if there are none."""
+    old = sum(not holds(row) for row in rows)
+    return f"{old} of these {len(rows)} runs are of an earlier version of the code or its defaults." if old else ""
 
 
 def run(method, task, seed, deadline, threads=1):
@@ -173,7 +179,7 @@ def verdicts(rows):
 def write(rows):
     with open(os.path.join(ROOT, "bench", "table.md"), "w") as f:
         f.write(f"`python bench/table.py`, seeds {' '.join(map(str, SEEDS))}: mean ± standard deviation of the development "
-                f"metric after the last epoch, in points of 100.\n\n{table(rows)}\n\n"
+                f"metric after the last epoch, in points of 100. {caption(rows)}\n\n{table(rows)}\n\n"
                 f"What the tasks and bases were made to show (targets for them, not for a method):\n\n{verdicts(rows)}\n\n"
                 f"Seconds of one run on one thread, with another run beside it. Alone: the slowest of these runs once more, with "
                 f"both cores to itself, where it took more than {MINUTE}.\n\n{costs(rows)}\n")  # fmt: skip
@@ -196,16 +202,17 @@ def main():
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     rows = read_rows()
-    done = {(row["method"], row["task"], row["seed"]) for row in rows}
+    done = {(row["method"], row["task"], row["seed"]) for row in rows if holds(row)}
     wanted = [(m, t, s) for s in args.seeds for t in args.tasks for m in args.methods]
     wanted = [(m, t, s) for m, t, s in wanted if (m, t, s) not in done and (m, data.TASKS[t].kind) != ("head", "lm")]
-    print(f"{len(rows)} runs kept, {len(wanted)} to do")
+    print(f"{len(done)} runs hold, {len(wanted)} to do")
     with ThreadPoolExecutor(args.jobs) as pool:
         for future in as_completed([pool.submit(run, *key, deadline) for key in wanted]):
             row = future.result()
             if row is None:
                 continue
-            rows.append(row)
+            key = row["method"], row["task"], row["seed"]
+            rows = [old for old in rows if (old["method"], old["task"], old["seed"]) != key] + [row]
             save(rows)  # after each run: an interruption loses nothing
             metric = data.TASKS[row["task"]].metrics[0]
             print(f"{row['method']:12s} {row['task']:6s} seed {row['seed']}  {metric} {row[metric]:.4f}  {row['seconds']} s", flush=True)

@@ -30,10 +30,10 @@ WORDS = {
     "B_spectral": "largest singular value of B, which is trained from zero",
     "C_spectral": "largest singular value of C, which is drawn at random and frozen",
     "B_norm": "Frobenius norm of B, which is trained from zero",
-    ("triadapt", "importance"): "score S, the rise of ||L + U||_F / r since the event before (L, U: a layer's triangles; r: its rank)",
+    ("triadapt", "importance"): "score S, the rise of ||L + U||_F / r since the event before (L, U: triangles; r: rank)",
     ("increlora", "importance"): "score, |dW x its gradient| of a layer's update dW, averaged over steps, times its uncertainty",
     ("adalora", "importance"): "score, |weight x gradient| of a layer's triplets, averaged over steps, times its uncertainty",
-    ("task_tlora", "importance"): "share p, a layer's part in the loss's sensitivity to all, before training; rank and scaling follow from it",
+    ("task_tlora", "importance"): "share p, a layer's part in the loss's sensitivity to all before training: sets rank, scaling",
     ("lora_ga", "spectrum"): "singular values of the gradient of the loss with respect to W0",
     "spectrum": "eigenvalues of C, the second moment of a layer's input on the task's own rows",
 }  # fmt: skip
@@ -266,7 +266,7 @@ def growth(out, ranks):
     top = [word for name, word in layer_words(last).items() if last[name] == most]
     title = f"Ranks {'grew' if end >= start else 'shrank'} at {len(ranks) - 1} step{'s' * (len(ranks) > 2)}, "
     title += f"from {start} to {end} in all; "
-    title += f"highest in the end: {' and '.join(top)}, at {most}" if len(top) < 3 else f"{len(top)} layers share the highest, {most}"
+    title += f"highest in the end: {' and '.join(top)}, at {most}" if len(top) < 3 else f"{len(top)} layers ended highest, at {most}"
     caption = f"{sentence(meaning('', 'ranks'))}. 1→5: a rank of 1 became 5 at this step."
     return save(fig, out, "ranks.png", title, caption)
 

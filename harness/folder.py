@@ -34,7 +34,7 @@ from reading.files import write_text
 # What a run may leave, and beside these a PNG for each quantity that its method watches.
 FILES = {
     "config.json", "metrics.jsonl", "layers.jsonl", "adapter.safetensors", "state.safetensors", "plan.json", "cosine.json",
-    "curves.png", "histograms.png", "eigenvalues.png", "spectrum.png",
+    "curves.png", "histograms.png", "eigenvalues.png", "spectrum.png", "report.html",
 }  # fmt: skip
 # Settings that change no number of a run.
 FREE = {"resume", "overwrite", "out", "save_every", "no_figures", "compare", "save_base", "export_peft", "export_merged", "options"}

@@ -90,7 +90,8 @@ def write(out):
     settings = {key: value for key, value in vars(s).items() if key not in ("options", "method")}
     body = f"""<h1>{text(s.method)} on {text(task["name"])}, seed {text(s.seed)}</h1>
 <p>{text(METHODS[s.method][1])}. After {last["step"]} steps {text(headline)} is <strong>{text(last[headline])}</strong>
-(best {text(best[headline])} at step {best["step"]}). {last["trained"]:,} numbers were trained; adapted layers: {len(config["layers"])}.</p>
+(best {text(best[headline])} at step {best["step"]}).
+{last["trained"]:,} numbers were trained; adapted layers: {len(config["layers"])}.</p>
 <pre>{text(config["command"])}</pre>
 <h2>Figures</h2>
 {chr(10).join(figure(os.path.join(out, name)) for name in names) or "<p>None were drawn.</p>"}

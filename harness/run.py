@@ -209,11 +209,11 @@ class Run:
         return int((batch["labels"] != data.IGNORED).sum()) if self.task.kind in ("lm", "mlm") else len(batch["labels"])
 
     @torch.no_grad()
-    def predict(self, examples, features=None, answer=True):
+    def predict(self, examples, features=None, answering=True):
         """What the model says of every row, in the rows' order, in eval mode:
 
         {"answers": class indices, scores or texts, "probabilities": lists over classes, or a span's, or None,
-        "loss": the mean over labels, None where a row has none}. Without `answer` only the loss is computed.
+        "loss": the mean over labels, None where a row has none}. Without `answering` only the loss is computed.
         """
         features = self.features(examples) if features is None else features
         was_training = self.model.training
@@ -228,7 +228,7 @@ class Run:
             if "labels" in batch:
                 n = self.labelled(batch)
                 loss, labelled = loss + n * self.forward(batch).item(), labelled + n
-            if not answer or self.task.pretraining:
+            if not answering or self.task.pretraining:
                 continue
             if self.task.metrics == ("choice",):
                 found, sure = self.choose([examples[i] for i in rows]), [None] * len(rows)
@@ -304,7 +304,8 @@ def choose_device(wanted):
 def load_task(s):
     """(task, training examples, development examples)."""
     if s.text:
-        task, rows = data.load_custom(s.data, s.text, s.label, kind=s.kind, merge_labels=s.merge_labels, classes_ok=s.classes_ok)
+        flags = {"kind": s.kind, "merge_labels": s.merge_labels, "classes_ok": s.classes_ok}
+        task, rows = data.load_custom(s.data, s.text, s.label, **flags)
         return task, *split(s, rows, data.load(task, s.dev, "dev") if s.dev else None)
     task = data.TASKS[s.task]
     if s.task == "sft":

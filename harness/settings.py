@@ -62,7 +62,7 @@ class Settings:
     data: str | None = flag(None, "a folder in the task's official layout, or your own CSV, TSV (no quoting) or JSONL file", group="data")
     text: list[str] | None = flag(None, "your own file: its one or two columns of text", nargs="+", metavar="COLUMN")
     label: str | None = flag(None, "your own file: its column of labels", metavar="COLUMN")
-    kind: str | None = flag(None, "your own file: what its labels are, classes or scores (default: scores where a number has a fraction)",
+    kind: str | None = flag(None, "your own file: whether labels are classes or scores (default: scores if one has a fraction)",
                             choices=("classification", "regression"))
     merge_labels: bool = flag(False, "your own file: labels that differ in case or surrounding spaces alone are one class")
     classes_ok: bool = flag(False, f"your own file: more than {MANY} classes are meant, or more than half as many as rows")
@@ -223,13 +223,14 @@ def build_parser(description=None, method=None):
             more["action"] = "store_true"
         elif f.type == bool | None:
             more["action"] = argparse.BooleanOptionalAction
-        else:  # --method has no default here: whether it is given decides what --help shows
-            more["default"] = None if f.name == "method" else f.default_factory() if f.default is dataclasses.MISSING else f.default
+        elif f.name != "method":  # whether that is given decides what --help shows
+            more["default"] = f.default_factory() if f.default is dataclasses.MISSING else f.default
         if method in METHODS and f.name in ("method", "lr", "weight_decay"):
             more["help"] = of_method(method, f.name)
         group.add_argument("--" + f.name.replace("_", "-"), **more)
         if f.name == "method":
-            group.add_argument("-h", "--help", action="store_true", help="this text; with --method METHOD, that method's options alone")
+            words = "this text; with --method METHOD, that method's options alone"
+            group.add_argument("-h", "--help", action="store_true", help=words)
     shown = [method] if method else METHODS
     owners = {}  # option -> {method: (type, default, help)}
     for name in shown:
@@ -238,8 +239,8 @@ def build_parser(description=None, method=None):
     shared = {option: of for option, of in owners.items() if len(of) > 1}
     if not method:
         group = p.add_argument_group("options that methods share", tables(shared))
-        for option in shared:
-            add_option(group, option, shared[option])
+        for option, of in shared.items():
+            add_option(group, option, of)
     for name in shown:
         members = [option for option in owners if list(owners[option]) == [name]]
         group = p.add_argument_group(f"options of {name}") if members else None
@@ -266,8 +267,8 @@ def tables(shared, width=106):
                "lr (backbone)": {name: f"{rate:g}" for name, (rate, _) in BACKBONE_RATES.items()},
                "weight-decay": {name: f"{facts[3]:g}" for name, facts in METHODS.items()}}  # fmt: skip
     for option, owners in shared.items():
-        cells = {name: "*" if option in FROM_RUN else f"{facts[1]:g}" if type(facts[1]) in (int, float) else str(facts[1] or "by model")
-                 for name, facts in owners.items()}  # fmt: skip
+        cells = {name: "*" if option in FROM_RUN else facts[1] for name, facts in owners.items()}
+        cells = {name: f"{x:g}" if type(x) in (int, float) else str(x or "by model") for name, x in cells.items()}
         columns[option.replace("_", "-")] = cells
     first = max(map(len, METHODS))
     blocks, room = [], 0
@@ -278,9 +279,10 @@ def tables(shared, width=106):
         blocks[-1][title], room = wide, room - wide
     lines = ["Defaults (- where a method has no such option):"]
     for block in blocks:
-        lines += ["", "method".ljust(first) + "".join(title.rjust(wide) for title, wide in block.items())]
-        lines += [name.ljust(first) + "".join(columns[title].get(name, "-").rjust(wide) for title, wide in block.items())
-                  for name in METHODS if any(name in columns[title] for title in block)]  # fmt: skip
+        rows = {"method": {title: title for title in block}}
+        rows |= {name: {title: columns[title][name] for title in block if name in columns[title]} for name in METHODS}
+        lines += ["", *(name.ljust(first) + "".join(row.get(title, "-").rjust(wide) for title, wide in block.items())
+                        for name, row in rows.items() if row)]  # fmt: skip
     shares = ", ".join(f"--{option.replace('_', '-')} {FROM_RUN[option][0]}" for option in shared if option in FROM_RUN)
     return "\n".join([*lines, "", f"* a share of the run: {shares}"])
 

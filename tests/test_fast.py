@@ -458,6 +458,20 @@ def test_tloras_own_dropout_keeps_a_byte_an_entry():
     assert sizes == [64 * 96]
 
 
+def test_a_layer_that_scores_its_update_in_forward_is_left_as_it_is():
+    from baselines import increlora
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8))
+    increlora.inject(model, ["0", "2"], rank=2)
+    assert fast.speed_up(model) == {}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    model(torch.randn(3, 12)).sum().backward()
+    assert all(layer.seen > 0 for layer in (model[0], model[2]))
+
+
 # ------------------------------------------------------------------- the benches that measure it
 
 

@@ -243,7 +243,8 @@ def test_colours_are_those_that_all_eyes_tell_apart():
 def argv(csv, out, method):
     more = {"tlora": ["--rank", "4"], "triadapt": ["--interval", "1", "--rank-ref", "3", "--delta", "1"]}.get(method, [])
     flags = [flag for flag in TINY if flag != "--no-figures"]
-    return ["--data", csv, "--text", "text", "--label", "label", "--epochs", "3", *flags, *more, "--method", method, "--out", str(out)]
+    table = ["--data", csv, "--text", "text", "--label", "label", "--epochs", "3"]
+    return [*table, *flags, *more, "--method", method, "--out", str(out)]
 
 
 def test_a_run_draws_what_its_method_watches_and_redraws_it_to_the_byte(csv, kept, tmp_path, capsys):

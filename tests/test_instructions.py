@@ -264,7 +264,7 @@ def test_a_base_in_bf16_has_adapters_in_float32_and_learns_as_in_float32(llama, 
     print(losses)
     assert losses["float32"][-1] < losses["float32"][0] - 0.04
     assert 0 < abs(losses["bf16"][-1] - losses["float32"][-1]) < 0.01
-    found = run.predict(run.task and data.load(run.task, path), answer=False)["loss"]
+    found = run.predict(run.task and data.load(run.task, path), answering=False)["loss"]
     assert found == found
     for more, words in [(["--method", "full"], "method full trains the base's own weights"), (["--precision", "float32"], "computes in bf16")]:
         with pytest.raises(SystemExit):

@@ -16,7 +16,8 @@ import predict
 import train
 from data import Example
 from harness import folder
-from harness.run import Run
+from harness.run import Run, split
+from harness.settings import Settings
 
 
 def write(path, rows, header="id,text,label"):
@@ -25,7 +26,8 @@ def write(path, rows, header="id,text,label"):
 
 
 def go(path, out, *more):
-    return train.main(["--data", str(path), "--text", "text", "--label", "label", "--method", "lora", "--epochs", "1", "--out", str(out), *TINY, *more])
+    argv = ["--data", str(path), "--text", "text", "--label", "label", "--method", "lora", "--epochs", "1", "--out", str(out)]
+    return train.main([*argv, *TINY, *more])
 
 
 def refused(path, tmp_path, capsys, words, *more):
@@ -45,7 +47,10 @@ def kept(out):
 
 
 TOPICS = [f"{i},a text about {i},{('billing', 'refund')[i % 2]}" for i in range(20)]
-ALIKE = ":22: label {} and 'billing' of line 2 differ only in case, spaces or Unicode form: correct one, or --merge-labels takes them as one class"
+ALIKE = (
+    ":22: label {} and 'billing' of line 2 differ only in case, spaces or Unicode form: correct one, or "
+    "--merge-labels takes them as one class"
+)
 
 
 @pytest.mark.parametrize("spelling", ["billing ", " billing", "Billing", "BILLING", "\tBilling  "])
@@ -156,8 +161,8 @@ def test_words_are_no_scores(tmp_path, capsys):
 
 def test_a_decimal_comma_is_no_name_of_a_class(tmp_path, capsys):
     path = write(tmp_path / "my.csv", ["0;a;4,5", "1;b;3", "2;c;2,5"], "id;text;label")
-    words = ":2: label '4,5' has a comma: a number has a decimal point and no comma (--kind classification takes it as a class's name)"
-    refused(path, tmp_path, capsys, words)
+    words = ":2: label '4,5' has a comma: a number has a decimal point and no comma "
+    refused(path, tmp_path, capsys, words + "(--kind classification takes it as a class's name)")
     assert data.load_custom(path, "text", "label", kind="classification")[0].labels == ("2,5", "3", "4,5")
 
 
@@ -179,14 +184,16 @@ def test_a_csv_has_the_separator_with_which_its_header_has_the_columns(tmp_path,
 @pytest.mark.parametrize(
     "name,header,words",
     [
-        ("my.csv", "titel;klasse", ":1: no column 'text'; found: 'titel;klasse'; its columns seem to be separated by semicolons"),
-        ("my.csv", "titel\tklasse", r":1: no column 'text'; found: 'titel\tklasse'; its columns seem to be separated by tabs"),
-        ("my.csv", "text|label", ":1: no column 'text'; found: 'text|label'; its columns seem to be separated by '|': save it with commas"),
-        ("my.tsv", "text,label", ":1: no column 'text'; found: 'text,label'; its columns seem to be separated by commas: name it .csv"),
-        ("my.tsv", "text;label", ":1: no column 'text'; found: 'text;label'; its columns seem to be separated by semicolons: name it .csv"),
+        ("my.csv", "titel;klasse", "semicolons"),
+        ("my.csv", "titel\tklasse", "tabs"),
+        ("my.csv", "text|label", "'|': save it with commas"),
+        ("my.tsv", "text,label", "commas: name it .csv"),
+        ("my.tsv", "text;label", "semicolons: name it .csv"),
+        ("my.txt", "text|label", "'|': save it with commas"),
     ],
 )
 def test_another_separator_is_named(tmp_path, capsys, name, header, words):
+    words = f":1: no column 'text'; found: {header!r}; its columns seem to be separated by {words}"
     refused(write(tmp_path / name, ["a", "b"], header), tmp_path, capsys, words)
 
 
@@ -211,8 +218,8 @@ def test_quotes_in_a_tsv_say_how_quoting_works_and_the_way_out_works(tmp_path, c
 
 def test_quotes_in_a_csv_say_how_quoting_works(tmp_path, capsys):
     path = write(tmp_path / "my.csv", ["0,fine,yes", '1,"a "b" c",no'])
-    refused(path, tmp_path, capsys, ":3: not CSV: ',' expected after '\"'; a field with a separator, a quote or a line end stands in quotes, "
-                                    "and a quote in it is doubled")  # fmt: skip
+    how = "a field with a separator, a quote or a line end stands in quotes, and a quote in it is doubled"
+    refused(path, tmp_path, capsys, f":3: not CSV: ',' expected after '\"'; {how}")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +234,7 @@ def test_quotes_in_a_csv_say_how_quoting_works(tmp_path, capsys):
 )
 def test_a_lone_carriage_return_is_text_in_a_csv(tmp_path, rows, texts):
     (tmp_path / "my.csv").write_text("text,label\n" + rows, newline="")
-    task, examples = data.load_custom(tmp_path / "my.csv", "text", "label")
+    _, examples = data.load_custom(tmp_path / "my.csv", "text", "label")
     assert [e.text[0] for e in examples] == texts and [e.label for e in examples] == [1, 0]
 
 
@@ -259,12 +266,16 @@ def test_empty_and_long_texts_are_counted(tmp_path, capsys):
     path, dev = write(tmp_path / "my.csv", rows), write(tmp_path / "dev.csv", rows[:12])
     assert go(path, tmp_path / "out", "--dev", str(dev)) == 0
     out = capsys.readouterr().out
-    assert lines_of(out, "empty") == ["empty   20 of 40 training rows have an empty text", "empty   6 of 12 development rows have an empty text"]
+    words = "rows have an empty text"
+    assert lines_of(out, "empty") == [f"empty   20 of 40 training {words}", f"empty   6 of 12 development {words}"]
     assert lines_of(out, "cut") == ["cut     10 of 40 training texts are longer than --max-length 128 tokens"]
     assert lines_of(out, "note    a dev") == []
     assert predict.main([str(tmp_path / "out"), str(dev), "--format", "jsonl"]) == 0
     screen = capsys.readouterr()
-    assert screen.err.splitlines()[:2] == ["predict.py: 6 of 12 rows have an empty text", "predict.py: 3 of 12 texts are longer than the run's 128 tokens: cut"]
+    assert screen.err.splitlines()[:2] == [
+        f"predict.py: 6 of 12 {words}",
+        "predict.py: 3 of 12 texts are longer than the run's 128 tokens: cut",
+    ]
     assert len(screen.out.splitlines()) == 12
 
 
@@ -274,6 +285,12 @@ def test_a_development_set_of_a_few_rows_is_warned_of(tmp_path, capsys, n, words
     assert go(path, tmp_path / "out") == 0
     expected = [f"note    a development set of {words}: give more rows, or --dev FILE"] if words else []
     assert lines_of(capsys.readouterr().out, "note    a dev") == expected
+
+
+def test_one_row_alone_is_refused():
+    words = "^my.jsonl: one row is too few: one is held out for development, --dev FILE gives others$"
+    with pytest.raises(ValueError, match=words):
+        split(Settings(data="my.jsonl"), [Example("0", ("a",), 1)], None)
 
 
 # ---------------------------------------------------------------------------- predict.py

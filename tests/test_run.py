@@ -87,3 +87,13 @@ def test_a_frozen_head_is_frozen_with_every_method(csv, tmp_path):
         task, _, _ = running.load_task(settings)
         fresh, _, _ = running.build_model(settings, task)
         assert torch.equal(before, fresh.head.weight), method
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_every_row_is_answered_in_every_batch_whatever_the_answers_before(csv, tmp_path, size):
+    go(csv, tmp_path / "run", "--method", "full", "--epochs", "12", "--lr", "0.01")
+    run = Run.open(str(tmp_path / "run"))
+    examples = data.load(run.task, csv)[:40]
+    alone = [run.predict([example])["answers"][0] for example in examples]
+    run.settings.batch_size = size  # eight times as many are answered at once
+    assert run.predict(examples)["answers"] == alone and len(examples) > 24 and set(alone) == {0, 1}

@@ -120,8 +120,9 @@ def test_help_with_a_method_has_its_options_alone_with_its_defaults(method, caps
     for option, (_, default, words) in methods.options(method).items():
         shown = methods.FROM_RUN[option][0] if option in methods.FROM_RUN else default
         assert f"{words} (default {shown})" in text
-    assert f"peak learning rate (default {methods.METHODS[method][2]:g}; with --backbone {methods.BACKBONE_RATES[method][0]:g}: " in text
-    assert f"AdamW's (default {methods.METHODS[method][3]:g})" in text and f"--method METHOD {methods.METHODS[method][1]}" in text
+    _, words, rate, decay = methods.METHODS[method]
+    assert f"peak learning rate (default {rate:g}; with --backbone {methods.BACKBONE_RATES[method][0]:g}: " in text
+    assert f"AdamW's (default {decay:g})" in text and f"--method METHOD {words}" in text
 
 
 def test_help_takes_the_method_from_a_file_of_flags_too(tmp_path, capsys):
