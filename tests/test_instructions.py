@@ -9,7 +9,6 @@ import torch
 import data
 import predict
 import train
-from harness import metrics
 from harness.run import Run
 from reading import instructions
 
@@ -120,13 +119,6 @@ def test_texts_that_do_not_fit_lose_the_prompts_beginning_and_the_answers_end():
         assert row["input_ids"] == whole[begin : begin + 32]
         assert kept <= max(16, 32 - (len(whole) - start)) and any(label != data.IGNORED for label in row["labels"])
     assert not data.features(task, [instructions.Chat("0", (("user", "why ?"),), "old")], tokenizer, 32)[0]["cut"]
-
-
-def test_scores_of_generated_answers_by_hand():
-    assert metrics.exact_match([" a b", "c"], ["a b ", "C"]) == 0.5
-    assert metrics.last_number(["so #### 1,200", "7", "3", "-.5"], ["it is 1200.", "7 or 8", "none", "1 - 1.5 is -0.5"]) == 0.5
-    labels = [r"so \boxed{\frac{1}{2}}", "1/2", r"\boxed{3}", r"\boxed{4}"]
-    assert metrics.boxed(labels, [r"\boxed{0}, no: \boxed{\frac{1} {2}}", r"\boxed{1/2}", "3", r"\boxed{4"]) == 0.5
 
 
 TINY = "--scratch --width 32 --depth 1 --heads 2 --hidden 32 --threads 1 --device cpu --no-figures --method full --lr 0.01".split()

@@ -308,3 +308,41 @@ def test_score_gives_the_tasks_metrics_headline_first_and_refuses_what_it_cannot
         metrics.score(TASKS["cola"], [Example("0", ("a",))], [0])
     with pytest.raises(ValueError, match="no labels to score against"):
         metrics.score(TASKS["mlm"], [Example("0", ("a",))], [0])
+
+
+# ------------------------------------------------------------------ of generated answers
+
+
+def test_exact_match_is_of_the_stripped_texts():
+    assert metrics.exact_match([" a b", "c", "d", "e"], ["a b ", "C", "d", "f"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    "label, prediction, same",
+    [
+        ("so #### 1,200", "it is 1200.", True), ("7", "7 or 8", False), ("7", "8 or 7", True), ("3", "none", False), ("none", "none", False),
+        ("-.5", "1 - 1.5 is -0.5", True), ("-5", "5", False), ("2.50", "2.5", True), ("2.5", "2.", False), ("12,345.5", "12345.50", True),
+    ],
+)  # fmt: skip
+def test_the_last_numbers_are_compared_as_numbers(label, prediction, same):
+    assert metrics.last_number([label, "1"], [prediction, "1"]) == (2 if same else 1) / 2
+
+
+@pytest.mark.parametrize(
+    "label, prediction, same",
+    [
+        (r"so \boxed{\frac{1}{2}}", r"\boxed{0}, no: \boxed{\frac{1} {2}} !", True), (r"\frac{1}{2}", r"\boxed{ \frac{1}{2} }", True),
+        ("1/2", r"\boxed{1/3}", False), (r"\boxed{3}", "3", False), (r"\boxed{4}", r"\boxed{4", False), ("4", r"\boxed{4", False),
+        (r"\boxed{4", r"\boxed{4}", False), (r"\boxed{x}", r"\boxed{x}} and \boxed{{x}}", False), ("7", r"{\boxed{7}}", True),
+    ],
+)  # fmt: skip
+def test_what_stands_in_the_last_box_is_compared(label, prediction, same):
+    assert metrics.boxed([label, "1"], [prediction, r"\boxed{1}"]) == (2 if same else 1) / 2
+
+
+def test_choices_are_scored_by_the_chosen_text():
+    task = data.Task("sft", "lm", metrics=("choice",))
+    rows = [Example(str(i), (("user", "q"),), label) for i, label in enumerate(["a", "b"])]
+    assert metrics.score(task, rows, ["a", "c"]) == {"choice": 0.5}
+    task = data.Task("sft", "lm", metrics=("exact_match", "last_number", "boxed"))
+    assert metrics.score(task, rows, ["a", "b"]) == {"exact_match": 1.0, "last_number": 0.0, "boxed": 0.0}
