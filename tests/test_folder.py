@@ -244,6 +244,7 @@ import json, os, sys
 sys.path[:0] = [{root!r}]
 import torch
 torch.set_num_threads(1)
+import torch._dynamo  # the first optimizer imports it: here once, not in every child
 import train
 FAULTS = ("fsync", "replace", "remove", "makedirs")
 def run(stop, flags):  # in a process of its own, which dies at the stop-th file operation
