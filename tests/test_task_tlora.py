@@ -1323,3 +1323,18 @@ def test_a_load_that_is_refused_destroys_nothing(case):
     after = layer.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in set("AB") & set(wrong))
     assert layer.A.shape[0] == layer.B.shape[1] == r - 1 and layer.scaling == before["_extra_state"].item()
+
+
+def test_the_demo_shows_how_near_the_bound_each_choice_of_a_is_and_what_merging_changes(capsys):
+    task_tlora.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == "J(A) / its upper bound, W0 for the ideal update".split()
+    assert lines[1].split() == "layer importance rank scaling A of W0 C A at random".split()
+    rows = [line.split() for line in lines[2:4]]
+    assert [row[0] for row in rows] == ["0", "2"]
+    shares, ranks, scalings, ours, random = ([float(row[i]) for row in rows] for i in range(1, 6))
+    assert abs(sum(shares) - 1) < 2e-3 and sum(ranks) == 8
+    assert all(abs(s - 4 * 2 * share / 4) < 2e-3 for s, share in zip(scalings, shares))  # alpha x layers x share / rank
+    assert all(0.85 < a <= 1 and 0.3 < b < 0.6 for a, b in zip(ours, random))
+    words, difference = lines[-1].split(": largest difference ")
+    assert words.startswith("merged into Linear(") and 0 < float(difference) < 1e-5
