@@ -3,7 +3,8 @@
     python bench/mutate.py tlora.py                 # a file of the table below, or --all
     python bench/mutate.py tlora.py --list          # its mutants, without running them
     python bench/mutate.py tlora.py --survivors     # again only those that survived last time: quick, for writing tests
-    python bench/mutate.py --all --jobs 2 --write   # and bench/mutants.md, of all files whose results are complete
+    python bench/mutate.py --all --jobs 2 --write   # and bench/mutants.md, of all files whose results are complete,
+                                                    # with the verdicts in bench/mutants.jsonl.gz
 
 A mutant is the file with one point changed (`variants` says how), never a docstring, an annotation or a message. It is
 killed if a test fails, the tests cannot be collected or they do not end. What a run has found is kept in out/mutants/
@@ -28,6 +29,7 @@ import contextlib
 import copy
 import functools
 import glob
+import gzip
 import hashlib
 import importlib
 import json
@@ -48,7 +50,7 @@ import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-EQUIVALENT, REPORT = (os.path.join(ROOT, "bench", name) for name in ("equivalent.jsonl", "mutants.md"))
+EQUIVALENT, REPORT, KEPT = (os.path.join(ROOT, "bench", name) for name in ("equivalent.jsonl", "mutants.md", "mutants.jsonl.gz"))
 
 # file: the tests that are to notice a wrong line of it, the quickest first
 METHODS = ["tests/test_walking.py", "tests/test_methods.py"]
@@ -442,10 +444,10 @@ class Results:
         os.makedirs(folder, exist_ok=True)
         self.path, self.rows, self.killers, self.killed = os.path.join(folder, "results.jsonl"), {}, {}, {}
         self.kills = collections.Counter()
-        if os.path.exists(self.path):
-            for line in read(self.path).splitlines():
-                if line.endswith("}"):  # a run that was ended may leave half a line
-                    self.learn(json.loads(line))
+        kept = gzip.open(KEPT, "rt").read() if os.path.exists(KEPT) else ""
+        for line in (kept + (read(self.path) if os.path.exists(self.path) else "")).splitlines():
+            if line.endswith("}"):  # a run that was ended may leave half a line
+                self.learn(json.loads(line))
 
     def learn(self, row):
         self.rows[row["file"], row["state"], row["source"], row["change"]] = row
@@ -460,6 +462,16 @@ class Results:
         self.learn(row)
         with open(self.path, "a") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def keep(self):
+        """Write beside the report the verdicts that hold today, so that another machine goes on from them."""
+        rows = []
+        for file, tests in FILES.items():
+            state = state_of(file, tests)
+            found = [self.get(file, state, mutant) for mutant in mutants_of(read(os.path.join(ROOT, file)))]
+            rows += [row for row in [*found, self.rows.get((file, state, "", ""))] if row]
+        with open(KEPT, "wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+            packed.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
     def get(self, file, state, mutant):
         """The verdict that holds for the mutant today, or None."""
@@ -587,6 +599,7 @@ def report(results):
     )
     with open(REPORT, "w") as file:
         file.write(head + table(["file", "mutants", "killed", "equivalent", "share"], rows) + "\n" + "".join(parts))
+    results.keep()
     print("wrote", os.path.relpath(REPORT, ROOT))
 
 
