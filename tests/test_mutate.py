@@ -185,6 +185,7 @@ def test_the_report_counts_equivalents_apart_and_names_every_survivor(tmp_path, 
     monkeypatch.setattr(mutate, "EQUIVALENT", str(tmp_path / "equivalent.jsonl"))
     monkeypatch.setattr(mutate, "REPORT", str(tmp_path / "mutants.md"))
     monkeypatch.setattr(mutate, "FILES", {"x.py": ["tests/test_x.py"]})
+    monkeypatch.setattr(mutate, "KEPT", str(tmp_path / "kept.gz"))
     results, state = mutate.Results(str(tmp_path)), mutate.state_of("x.py", ["tests/test_x.py"])
     results.add(file="x.py", state=state, source="", change="", result="as it is", by=[])
     mutants = mutate.mutants_of(TINY["x.py"])
@@ -199,6 +200,8 @@ def test_the_report_counts_equivalents_apart_and_names_every_survivor(tmp_path, 
     report = (tmp_path / "mutants.md").read_text()
     print(report)
     assert "| `x.py` | 9 | 7 | 1 | 87.5 % |" in report
+    again = mutate.Results(str(tmp_path / "elsewhere"))  # another machine goes on from what was kept
+    assert all(again.get("x.py", state, m) == results.get("x.py", state, m) for m in mutants)
     assert "| 9 | `return -a` | `-a → a` | nobody calls it |" in report
     assert "| 2 | `i = 0` | `0 → 1` | **not noticed**: all tests pass |" in report
     (tmp_path / "x.py").write_text(TINY["x.py"] + "\n")
