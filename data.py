@@ -221,8 +221,8 @@ def features(task, examples, tokenizer, max_length):
     context (a question keeps at most half), an answer that is cut off counts as no answer.
 
     span rows also have `offsets` (None outside the context), math and sft rows `prompt`: how many of their
-    tokens come before the answer, what generation starts from; all have `cut`, whether something did not fit; mlm rows `noise` and
-    `salient` (which tokens depend on both texts), for the masking.
+    tokens come before the answer, what generation starts from; mlm rows `noise` and `salient` (which tokens depend on
+    both texts), for the masking. All have `cut`, whether something did not fit.
     """
     if max_length < 16:
         raise ValueError(f"max_length {max_length} is too short: 16 at least")
@@ -272,13 +272,13 @@ def math_rows(examples, tokenizer, max_length):
     long loses its end. A tokenizer that ends no text (a decoder's) gets a line end between the two."""
     prompts = tokenizer.encode([e.text for e in examples], max_length // 2)
     answers = tokenizer.encode([(e.label or "",) for e in examples])
-    newline = instructions.own(tokenizer.encode([("\n",)])[0])
+    newline = instructions.without_specials(tokenizer.encode([("\n",)])[0])
     out = []
     for example, prompt, answer in zip(examples, prompts, answers):
         ids = prompt["input_ids"] + newline * (prompt["sequence"][-1] is not None)
         start, cut = len(ids), prompt["cut"]
         if example.label is not None:
-            ids = ids + instructions.own(answer) + [tokenizer.sep_id]
+            ids = ids + instructions.without_specials(answer) + [tokenizer.sep_id]
             ids, cut = ids[:max_length], cut or len(ids) > max_length
         out.append({"input_ids": ids, "token_type_ids": None, "prompt": start, "cut": cut})
     return out

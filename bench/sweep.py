@@ -1,9 +1,9 @@
-"""Many training runs, each kept as a row: the instrument behind docs/rates.md and docs/claims.md.
+"""Many training runs, each kept as a row: the instrument behind docs/rates.md.
 
     python bench/sweep.py head --jobs 2                 # the task head's own rate, with LoRA: once, for all methods
     python bench/sweep.py rates --minutes 50            # the best rate of each method on each task; go on another day
     python bench/sweep.py rates --methods lora tlora --tasks cola sst2
-    python bench/sweep.py compare --methods lora tlora  # at the chosen rates, fresh seeds, the test split
+    python bench/sweep.py compare --methods lora tlora  # with the defaults: fresh seeds, scored on the test split too
     python bench/sweep.py encoder --backbone DIR --data GLUE   # rates on a real encoder, with real files
     python bench/sweep.py pages                         # docs/rates.md, from the rows alone
 
@@ -23,7 +23,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,12 +30,14 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run, many runs at a time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 
+import speed  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
+from harness import metrics  # noqa: E402
 from harness.methods import METHODS  # noqa: E402
 from harness.run import Run, base_of  # noqa: E402
 from harness.settings import Settings, parse  # noqa: E402
@@ -81,7 +82,7 @@ def asked(scores, first, study="rates", lowest=-24, highest=0):
         if beside:
             ks += beside
         elif step == 2 and quarters:
-            ks, step, seeds = [best, best - 1, best + 1], 1, quarters
+            ks, step, seeds = [k for k in (best, best - 1, best + 1) if lowest <= k <= highest], 1, quarters
         else:
             return [(best, seed) for seed in chosen if (best, seed) not in scores]
 
@@ -195,30 +196,17 @@ def carry_out(run, places=()):
             with open(os.path.join(out, "metrics.jsonl")) as f:
                 curve = [json.loads(line) for line in f]
             if run["study"] == "compare":
-                opened = Run.open(out)
-                test = opened_score(opened, data.load(run["task"], split="test"))
+                opened, examples = Run.open(out), data.load(run["task"], split="test")
+                test = metrics.score(opened.task, examples, opened.predict(examples)["answers"])
         elif ended != 1:  # 1: a loss that is no number, which is a result
             raise RuntimeError(f"{argv + run['flags']} ended with {ended}")
-    kept = ("step", "trained", "rank_total", "tokens_per_s")
-    scores = [{key: round(value, 5) for key, value in row.items() if key not in kept} for row in curve]
+    dropped = ("step", "trained", "rank_total", "tokens_per_s")
+    scores = [{key: round(value, 5) for key, value in row.items() if key not in dropped} for row in curve]
     last = curve[-1] if curve else {}
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() and "cpu" not in run["flags"] else cpu()
+    hardware = speed.hardware("cuda" if torch.cuda.is_available() and "cpu" not in run["flags"] else "cpu")
     return {**run, "fingerprint": fingerprint(run), "trained": last.get("trained"), "dev": scores[-1] if scores else None,
             "test": test, "curve": scores, "seconds": round(time.perf_counter() - begun, 1), "hardware": hardware,
             "torch": torch.__version__}  # fmt: skip
-
-
-def opened_score(run, examples):
-    from harness import metrics
-
-    return metrics.score(run.task, examples, run.predict(examples)["answers"])
-
-
-@functools.cache
-def cpu():
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    return platform.processor() or platform.machine()
 
 
 def prepare():
@@ -278,7 +266,7 @@ def work(args):
 
 
 def cells(scores):
-    """One method on one task: the best rate, its mean and spread, the neighbours', and whether it is inside."""
+    """One method on one task: the best rate's mean and spread, its seeds, and whether it is inside the grid."""
     k, mean, seeds = best(scores)
     found = [value for (other, _), value in scores.items() if other == k]
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
@@ -287,8 +275,8 @@ def cells(scores):
     return f"{mean:.1f}{spread} ({seeds}) at {rate(k):g}{edge}"
 
 
-def page(rows):
-    """docs/rates.md."""
+def generated(rows):
+    """The table of the generated tasks: the best rate of each method on each."""
     found, lines = table(rows, "rates"), []
     methods = [m for m in METHODS if any(method == m for method, _ in found)]
     tasks = [t for t in TASKS if any(task == t for _, task in found)]
@@ -350,7 +338,7 @@ on where it stopped.
 rate. Half decades on seeds 100 and 101 until the best is inside the grid, then quarter decades beside it on seeds 100 to 102. In
 brackets the seeds so far; "edge": the best is the last that was tried.
 
-{page(rows)}
+{generated(rows)}
 
 ## The task head
 
@@ -361,7 +349,7 @@ brackets the seeds so far; "edge": the best is the last that was tried.
 ## A real encoder
 
 `python bench/sweep.py encoder --backbone DIR --data GLUE` on all-MiniLM-L6-v2, GLUE's own files (of SST-2 the first 3,000 rows), six
-epochs, bf16 on an NVIDIA H200: half decades on seed 100, then seeds 0 to 4 at the best.
+epochs, bf16 on an NVIDIA H200 with `--flags --fast`: half decades on seed 100, then seeds 0 to 4 at the best.
 
 {encoder(rows)}
 """

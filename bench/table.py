@@ -11,7 +11,6 @@ more than a minute. bench/table.md and the table in README.md are rewritten from
 """
 
 import argparse
-import ast
 import functools
 import hashlib
 import json
@@ -26,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from sweep import code  # noqa: E402
+
 import data  # noqa: E402
 from harness.methods import METHODS as ALL  # noqa: E402
 from harness.run import base_of  # noqa: E402
@@ -38,13 +39,6 @@ METHODS["lora-r1"] = ["--method", "lora", "--rank", "1"]  # is rank 8 of use?
 SEEDS = [0, 1, 2]
 MINUTE = 60  # seconds that a run may take on two cores
 MARKS = ("<!-- table of bench/table.py -->", "<!-- end of the table -->")
-
-
-@functools.cache
-def code(path):
-    """A file's program without comments and layout."""
-    with open(os.path.join(ROOT, path), encoding="utf-8") as f:
-        return ast.dump(ast.parse(f.read()))
 
 
 @functools.cache

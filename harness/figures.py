@@ -16,7 +16,7 @@ import torch
 from harness import folder
 from harness.methods import METHODS
 from harness.run import Run
-from harness.settings import in_words
+from harness.settings import on_a_run
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's colours, which all eyes tell apart
 CYCLE = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -423,16 +423,8 @@ def redraw(out):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print("usage: python -m harness.figures RUN    (draws the figures of a finished run again)", file=sys.stderr)
-        return 2
-    try:
-        print(f"{argv[0]}: {', '.join(redraw(argv[0]))}")
-    except (ValueError, OSError) as e:
-        print(f"figures: error: {in_words(e)}", file=sys.stderr)
-        return 2
-    return 0
+    words = "draws the figures of a finished run again"
+    return on_a_run("figures", words, lambda out: f"{out}: {', '.join(redraw(out))}", argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 
 from harness import folder
 from harness.methods import METHODS
-from harness.settings import in_words
+from harness.settings import on_a_run
 from reading.files import write_text
 
 STYLE = """
@@ -124,16 +124,7 @@ def write(out):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print("usage: python -m harness.report RUN    (writes RUN/report.html)", file=sys.stderr)
-        return 2
-    try:
-        print(write(argv[0]))
-    except (ValueError, OSError) as e:
-        print(f"report: error: {in_words(e)}", file=sys.stderr)
-        return 2
-    return 0
+    return on_a_run("report", "writes RUN/report.html", write, argv)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import shlex
+import sys
 import textwrap
 import types
 import typing
@@ -111,7 +112,8 @@ class Settings:
 
     device: str = flag("auto", "default auto", choices=("auto", "cpu", "cuda", "mps"), group="machine")
     precision: str = flag("auto", "auto: bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16"))
-    # On an H200 one function a layer was 2 to 17 % slower than the files' own way (bench/speed-cuda.md), and took 0.8 of the memory.
+    # On an H200 one function a layer was up to a fifth slower than the files' own way and took 0.7 to 0.9 of its memory
+    # (bench/speed-cuda-bf16.md, bench/memory-cuda-bf16.md).
     fast: bool | None = flag(None, "compute each adapted layer in one autograd function, fast.py (default: on the CPU)")
     dtype: str = flag("float32", "of a backbone's frozen weights; what is trained stays float32 (default float32)", choices=("float32", "bf16"))
     compile: bool = flag(False, "torch.compile the model")
@@ -295,6 +297,20 @@ def add_option(group, option, owners):
     more = {"action": argparse.BooleanOptionalAction} if kind is bool else {
         "type": kind if kind in (int, float) else str, "choices": typing.get_args(kind) or None}  # fmt: skip
     group.add_argument("--" + option.replace("_", "-"), help=text.replace("%", "%%"), **more)
+
+
+def on_a_run(name, what, act, argv=None):
+    """The command line `python -m harness.NAME RUN`: act(RUN) does it and returns the words to print."""
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print(f"usage: python -m harness.{name} RUN    ({what})", file=sys.stderr)
+        return 2
+    try:
+        print(act(argv[0]))
+    except (ValueError, OSError) as e:
+        print(f"{name}: error: {in_words(e)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def in_words(error):

@@ -138,17 +138,17 @@ def encode(examples, tokenizer, max_length, chat=False):
     tokenizer.backend.encode_special_tokens = not chat  # a template's marks are no text
     encoded = iter(tokenizer.encode([(text,) for text in texts]))
     tokenizer.backend.encode_special_tokens = True
-    newline = own(tokenizer.encode([("\n",)])[0])
+    newline = without_specials(tokenizer.encode([("\n",)])[0])
     rows = []
     for parts in pieces:
         ids, learn, start = [], [], 0
-        for n, (_, answer) in enumerate(parts):
+        for _, answer in parts:
             row = next(encoded)
             if answer:
                 start = len(ids)
-                part = own(row) + [tokenizer.sep_id] * (not chat)
+                part = without_specials(row) + [tokenizer.sep_id] * (not chat)
             else:
-                part = own(row) if chat or ids else row["input_ids"] + newline * (row["sequence"][-1] is not None)
+                part = without_specials(row) if chat or ids else row["input_ids"] + newline * (row["sequence"][-1] is not None)
                 part = part + newline * (bool(ids) and not chat)
             ids, learn = ids + part, learn + [answer] * len(part)
         start = start if parts[-1][1] else len(ids)
@@ -157,11 +157,11 @@ def encode(examples, tokenizer, max_length, chat=False):
 
 
 def fitted(ids, learn, start, max_length):
-    cut = len(ids) > max_length
-    drop = max(start - max_length // 2, 0) if cut else 0  # the beginning, until the answer has half the places
-    drop = min(drop, len(ids) - max_length) if cut else 0
-    ids, learn, start = ids[drop:][:max_length], learn[drop:][:max_length], start - drop
-    return {"input_ids": ids, "learn": learn, "prompt": start, "token_type_ids": None, "cut": cut}
+    """The row in max_length places: the beginning goes until it fits or the last answer has half the places, then the end."""
+    over = max(len(ids) - max_length, 0)
+    drop = min(max(start - max_length // 2, 0), over)
+    ids, learn = (values[drop:][:max_length] for values in (ids, learn))
+    return {"input_ids": ids, "learn": learn, "prompt": start - drop, "token_type_ids": None, "cut": over > 0}
 
 
 def plain(example):
@@ -190,6 +190,6 @@ def framed(example, tokenizer):
     return pieces
 
 
-def own(row):
+def without_specials(row):
     """Token ids of an encoded row without the special tokens around its text."""
     return [i for i, s in zip(row["input_ids"], row["sequence"]) if s is not None]

@@ -97,7 +97,7 @@ def test_the_loss_is_on_the_answers_alone_token_by_token():
     ids, labels = row["input_ids"], row["labels"]
     first, second = (tokenizer.encode([(text,)])[0]["input_ids"][1:-1] for text in ("the dog", "it is old"))
     asked, again = (tokenizer.encode([(text,)])[0]["input_ids"] for text in ("who sings ?", "why ?"))
-    sep, newline = tokenizer.sep_id, instructions.own(tokenizer.encode([("\n",)])[0])
+    sep, newline = tokenizer.sep_id, instructions.without_specials(tokenizer.encode([("\n",)])[0])
     assert ids == asked + first + [sep] + again[1:-1] + newline + second + [sep]
     learned = [i for i in labels if i != data.IGNORED]
     assert learned == first + [sep] + second + [sep]
@@ -150,7 +150,7 @@ def test_among_options_the_likeliest_is_chosen(tmp_path):
     path = written(tmp_path / "f.jsonl", rows)
     assert sft(path, tmp_path / "run", "--score", "choice", "--epochs", 20) == 0
     run = Run.open(str(tmp_path / "run"))
-    assert run.predict(run.task and data.load(run.task, path))["answers"] == [row["response"] for row in rows]
+    assert run.predict(data.load(run.task, path))["answers"] == [row["response"] for row in rows]
     examples = data.load(run.task, path)[:5]
     chosen = run.choose(examples)
     for e, answer in zip(examples, chosen):  # against one text at a time, token by token
@@ -256,7 +256,7 @@ def test_a_base_in_bf16_has_adapters_in_float32_and_learns_as_in_float32(llama, 
     print(losses)
     assert losses["float32"][-1] < losses["float32"][0] - 0.04
     assert 0 < abs(losses["bf16"][-1] - losses["float32"][-1]) < 0.01
-    found = run.predict(run.task and data.load(run.task, path), answering=False)["loss"]
+    found = run.predict(data.load(run.task, path), answering=False)["loss"]
     assert found == found
     for more, words in [(["--method", "full"], "method full trains the base's own weights"), (["--precision", "float32"], "computes in bf16")]:
         with pytest.raises(SystemExit):

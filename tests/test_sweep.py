@@ -1,0 +1,73 @@
+"""bench/sweep.py: which runs its rule asks for, what the best rate is, and what makes a row's fingerprint."""
+
+import os
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "bench"))
+
+import sweep  # noqa: E402
+
+
+def carried_out(peak, first, study):
+    """Every run of the rule where the score falls from quarter decade `peak`: [(k, seed)] in order, until nothing is asked."""
+    scores, order = {}, []
+    while wanted := sweep.asked(scores, first, study):
+        order += wanted
+        scores |= {(k, seed): -abs(k - peak) + seed / 1000 for k, seed in wanted}
+    return order, scores
+
+
+@pytest.mark.parametrize("peak", [-17, -16, -10, -9, -3])
+def test_the_best_quarter_decade_is_found_and_both_neighbours_are_tried(peak):
+    order, scores = carried_out(peak, -10, "rates")
+    assert len(set(order)) == len(order)
+    assert {(k, seed) for k in (peak - 1, peak, peak + 1) for seed in (100, 101, 102)} <= set(order)
+    assert sweep.best(scores)[0] == peak and sweep.best(scores)[2] == 3
+    halves = [k for k, seed in order if seed == 100 and k % 2 == 0]
+    assert halves[:3] == [-10, -12, -8] and max(halves) - min(halves) <= abs(peak + 10) + 5
+
+
+def test_on_the_encoder_one_seed_chooses_and_five_others_are_run_at_the_best():
+    order, _ = carried_out(-14, -12, "encoder")
+    assert order == [(-12, 100), (-14, 100), (-10, 100), (-16, 100), *[(-14, seed) for seed in range(5)]]
+
+
+def test_a_best_at_the_end_of_the_scale_ends_the_search():
+    order, _ = carried_out(99, -4, "rates")
+    assert max(k for k, _ in order) == 0
+
+
+def test_level_rates_give_the_middle_one_and_rates_read_as_they_are_typed():
+    assert sweep.best({(k, 100): 5.0 for k in (-12, -10, -8)}) == (-10, 5.0, 1)
+    assert sweep.best({(-12, 100): 9.0, (-10, 100): 5.0, (-10, 101): 6.0}) == (-10, 5.5, 2)  # of those with most seeds
+    assert [sweep.rate(k) for k in (-12, -11, -10, -4)] == [1e-3, 1.78e-3, 3.16e-3, 0.1]
+    assert sweep.start("lora") == -10  # 4e-3
+
+
+def test_a_fingerprint_follows_what_the_numbers_depend_on_and_nothing_else(monkeypatch):
+    def mark(*flags, task="cola", method="lora", study="rates"):
+        return sweep.fingerprint({"study": study, "method": method, "task": task, "flags": list(flags)})
+
+    first = mark("--lr", "0.01")
+    assert mark("--lr", "0.01", "--threads", "2", "--no-figures") == first
+    others = [mark("--lr", "0.02"), mark("--lr", "0.01", "--no-fast"), mark("--lr", "0.01", task="sst2"), mark(method="tlora"),
+              mark("--lr", "0.01", study="encoder")]  # fmt: skip
+    assert len({first, *others}) == 6
+    whole = sweep.code
+    monkeypatch.setattr(sweep, "code", lambda path: whole(path) + "x" * (path == "model.py"))
+    assert mark("--lr", "0.01") != first
+
+
+def test_docstrings_and_what_no_training_calls_are_no_part_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "ROOT", str(tmp_path))
+    variants = ['"""A."""\ndef f(x):\n    """B."""\n    return x\n\ndef merge():\n    return 1\n',
+                '"""C."""\ndef f(x):  # D\n    """E."""\n    return (x)\n\ndef merge():\n    return 2\n',
+                '"""A."""\ndef f(x):\n    """B."""\n    return -x\n\ndef merge():\n    return 1\n']  # fmt: skip
+    codes = []
+    for i, text in enumerate(variants):
+        (tmp_path / f"{i}.py").write_text(text)
+        codes.append(sweep.code(f"{i}.py"))
+    assert codes[0] == codes[1] != codes[2]
