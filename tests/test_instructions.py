@@ -107,6 +107,14 @@ def test_the_loss_is_on_the_answers_alone_token_by_token():
     assert row["prompt"] == len(ids) - len(second) - 1
 
 
+def test_math_problems_as_prompts_with_answers_are_the_same_rows(tmp_path):
+    examples = data.load("math", split="dev")[:100]
+    path = written(tmp_path / "math.jsonl", [{"query": e.text[0], "response": e.label} for e in examples])
+    tokenizer = data.Tokenizer()
+    rows = data.features(data.TASKS["math"], examples, tokenizer, 128)
+    assert data.features(data.TASKS["sft"], data.load("sft", path), tokenizer, 128) == rows and not any(row["cut"] for row in rows)
+
+
 def test_texts_that_do_not_fit_lose_the_prompts_beginning_and_the_answers_end():
     tokenizer, task = data.Tokenizer(), data.TASKS["sft"]
     encode = lambda text: tokenizer.encode([(text,)])[0]["input_ids"]  # noqa: E731
