@@ -1,11 +1,11 @@
 """A training step of each method against PEFT's LoRA and against the least that any adapter could take.
 
-    python bench/speed.py                                  # 128, 256 and 768 wide; a quarter of an hour on one core
+    python bench/speed.py                                  # 128, 256 and 768 wide; three quarters of an hour on one core
     python bench/speed.py --write                          # also writes bench/speed-DEVICE.md and .jsonl
     python bench/speed.py --device cuda --bf16 --shapes 1024x12 --length 256 --compile
 
 One step is forward, backward and AdamW on the same Transformer, batch and targets: all six matrices of each block, rank 8
-(TriAdaptLoRA at its full rank). The contestants take turns within one process, and the numbers are ratios within a round:
+(TriAdaptLoRA at its full rank); 768x2 are two blocks of RoBERTa-base's shape. The contestants take turns within one process, and the numbers are ratios within a round:
 machines are noisy. On one CPU thread the clock is that thread's own, which other programs do not stop.
 
 The floor is the frozen backbone with its head alone trained, whose adapted layers ask for the gradient of their output as
@@ -45,13 +45,21 @@ OURS = {
     "triadapt": ("triadapt", {"rank": 8}),
     "triadapt, no penalty": ("triadapt", {"rank": 8, "orth": 0.0}),
 }
+# What the papers compare with, as train.py runs them: through fast.py where they have factors().
+NEVER = 10**6  # no masking and no growth while time is taken
+BASELINES = {
+    **{name: {"rank": 8} for name in ("lora_plus", "dora", "pissa", "olora", "lora_ga", "corda", "lora_xs")},
+    "adalora": {"t_init": NEVER, "t_final": NEVER},
+    "increlora": {"rank": 8, "t0": NEVER},
+    **{name: {} for name in ("houlsby", "pfeiffer", "bitfit", "full")},
+}
 
 
 class Contestant:
-    """A model, its optimizer, and what its method adds to the loss (`penalty`) and does after a step (`after`)."""
+    """A model, its optimizer, and what its method adds to the loss (`penalty`), does before the optimizer and after."""
 
-    def __init__(self, model, groups, fused, penalty=None, after=None):
-        self.model, self.penalty, self.after, self.steps = model, penalty, after, 0
+    def __init__(self, model, groups, fused, penalty=None, before=None, after=None):
+        self.model, self.penalty, self.before, self.after, self.steps = model, penalty, before, after, 0
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0, fused=fused or None)
 
     def loss(self, ids, labels, bf16):
@@ -63,8 +71,10 @@ class Contestant:
         loss = self.loss(ids, labels, bf16)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
         self.steps += 1
+        if self.before:
+            self.before(self.steps)
+        self.optimizer.step()
         if self.after:
             self.after(self.steps)
 
@@ -85,7 +95,12 @@ def ours(base, method, options, fast_path):
     if fast_path:
         fast.speed_up(model)
     penalty = getattr(method, "penalty", None) if options.get("orth", 1) else None
-    return Contestant(model, method.param_groups(model, 1e-3, 0.0), True, penalty)
+    made = Contestant(model, method.param_groups(model, 1e-3, 0.0), True, penalty)
+    if hasattr(method, "before_step"):
+        made.before = lambda step: method.before_step(model, step, 10 * NEVER)
+    if hasattr(method, "after_step"):
+        made.after = lambda step: method.after_step(model, made.optimizer, step, 10 * NEVER)
+    return made
 
 
 def pefts(base, kind, fused=False):
@@ -93,7 +108,7 @@ def pefts(base, kind, fused=False):
 
     common = {"target_modules": SIX, "modules_to_save": ["head"], "lora_alpha": 16, "lora_dropout": 0.0}
     if kind == "AdaLoRA":
-        config = peft.AdaLoraConfig(init_r=12, target_r=8, tinit=10**6, tfinal=10**6, total_step=10**7, **common)
+        config = peft.AdaLoraConfig(init_r=12, target_r=8, tinit=NEVER, tfinal=NEVER, total_step=10 * NEVER, **common)
     else:
         config = peft.LoraConfig(r=8, use_dora=kind == "DoRA", **common)
     model = peft.get_peft_model(copy.deepcopy(base), config)
@@ -107,6 +122,8 @@ def contestants(base):
     for name, (method, options) in OURS.items():
         made[name] = ours(base, method, options, fast_path=False)
         made[name + ", fast"] = ours(base, method, options, fast_path=True)
+    for name, options in BASELINES.items():
+        made[name] = ours(base, f"baselines.{name}", options, fast_path=True)
     made["PEFT LoRA"], made["PEFT LoRA, fused AdamW"] = pefts(base, "LoRA"), pefts(base, "LoRA", fused=True)
     return made | {f"PEFT {kind}": pefts(base, kind) for kind in ("DoRA", "AdaLoRA")}
 
@@ -120,7 +137,7 @@ def shape(text):
 def problem(width, depth, args):
     """The base model, ids (batch, length) and labels (batch,)."""
     torch.manual_seed(0)
-    config = modelling.Config(2048, width, depth, width // 32, 4 * width)
+    config = modelling.Config(2048, width, depth, width // 64, 4 * width)  # heads of 64, as in BERT and RoBERTa
     base = modelling.Transformer(config, "classification", 2).to(args.device)
     ids = torch.randint(2048, (args.batch, args.length), device=args.device)
     return base, ids, torch.randint(2, (args.batch,), device=args.device)
