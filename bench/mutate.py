@@ -48,6 +48,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads cannot b
 import numpy as np
 import pytest
 import torch
+from source import bare
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EQUIVALENT, REPORT, KEPT = (os.path.join(ROOT, "bench", name) for name in ("equivalent.jsonl", "mutants.md", "mutants.jsonl.gz"))
@@ -494,22 +495,21 @@ def holds_while(text, line, by, folder=ROOT):
 
 @functools.cache
 def tree_of(text):
-    return ast.parse(text)
+    return bare(ast.parse(text))
 
 
 def segment(text, wanted):
-    """The source of the innermost function, or else top-level statement, that `wanted` picks."""
+    """The program of the innermost function, or else top-level statement, that `wanted` picks."""
     inside = [node for top in tree_of(text).body for node in [top, *getattr(top, "body", [])] if isinstance(node, ast.stmt)]
     found = [node for node in inside if wanted(node)]
-    lines = text.splitlines()
-    return "\n".join(lines[found[-1].lineno - 1 : found[-1].end_lineno]) if found else ""
+    return ast.unparse(found[-1]) if found else ""
 
 
 def state_of(file, tests):
-    """A hash of the file, its tests and this one: whatever is found holds for these."""
+    """A hash of the file's program and its tests': whatever is found holds for these."""
     digest = hashlib.sha256()
     for path in [file, *tests, "tests/conftest.py"]:
-        digest.update(read(os.path.join(ROOT, path)).encode() + b"\0")
+        digest.update(ast.unparse(tree_of(read(os.path.join(ROOT, path)))).encode() + b"\0")
     return digest.hexdigest()[:16]
 
 

@@ -33,6 +33,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 
 import speed  # noqa: E402
+from source import bare  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
@@ -147,15 +148,11 @@ AFTERWARDS = "merge save load write_adapter read_adapter find_saved place_saved 
 
 @functools.cache
 def code(path):
-    """A file's program without comments, docstrings and layout, and without the functions that no training calls."""
+    """A file's program without comments, docstrings, types and layout, and without the functions that no training calls."""
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
         tree = ast.parse(f.read())
     tree.body = [node for node in tree.body if getattr(node, "name", None) not in AFTERWARDS]
-    for node in ast.walk(tree):
-        first = getattr(node, "body", [None])
-        if isinstance(first, list) and first and isinstance(first[0], ast.Expr) and isinstance(first[0].value, ast.Constant):
-            first[0].value.value = ""
-    return ast.dump(tree)
+    return ast.dump(bare(tree))
 
 
 @functools.cache
