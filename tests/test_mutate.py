@@ -205,5 +205,7 @@ def test_the_report_counts_equivalents_apart_and_names_every_survivor(tmp_path, 
     assert all(again.get("x.py", state, m) == results.get("x.py", state, m) for m in mutants)
     assert "| 9 | `return -a` | `-a → a` | nobody calls it |" in report
     assert "| 2 | `i = 0` | `0 → 1` | **not noticed**: all tests pass |" in report
-    (tmp_path / "x.py").write_text(TINY["x.py"] + "\n")
+    (tmp_path / "x.py").write_text(TINY["x.py"].replace("(n)", "(n: int) -> int") + "# a comment\n")
+    assert mutate.state_of("x.py", ["tests/test_x.py"]) == state  # the same program
+    (tmp_path / "x.py").write_text(TINY["x.py"] + "y = 1\n")
     assert mutate.summary("x.py", ["tests/test_x.py"], results, {}) is None  # another file: nothing is known of it
