@@ -26,6 +26,7 @@ at the last step, for what grows there would never be trained. Their CoLA with r
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -88,7 +89,10 @@ class IncreLoRALinear(lora.LoRALinear):
         return self.base(input) + F.linear(x, dW.to(x.dtype))  # (..., m)
 
     def see(self, dW, gradient):
-        """Score a backward pass. Several of one step are added; the authors keep the last."""
+        """Score a backward pass. Several of one step are added; the authors keep the last. Several processes score their sum."""
+        if dist.is_available() and dist.is_initialized():
+            gradient = gradient.clone()
+            dist.all_reduce(gradient)
         self.seen += (dW.float() * gradient.float()).abs().sum() / math.sqrt(dW.numel())
 
     def score(self):
