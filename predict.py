@@ -19,6 +19,7 @@ import sys
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 import data
 from harness import generation, metrics
@@ -66,7 +67,7 @@ def rows_of(task, examples, found, text=False):
 def write_texts(run, features, args):
     """The texts that a language model writes behind each prompt, one after the other, shown as they come on a terminal."""
     pick, texts = generation.sampler(args.temperature, args.top_p, args.seed), []
-    for row in features:
+    for row in tqdm(features, "writing", leave=False, disable=sys.stdout.isatty() or None):
         prompt = row["input_ids"][: row["prompt"]]
         with run.autocast():
             ids = generation.tokens(run.model, prompt, run.max_new, run.tokenizer.sep_id, pick)

@@ -120,10 +120,12 @@ class Run:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(s.seed)).tolist()
         chosen = [features[i] for i in order[: s.options["samples"]]]
         rows = [next(data.batches([f], self.task, 1, self.tokenizer.pad_id, shuffle_seed=s.seed)) for f in chosen]
-        bar = tqdm([to_device(row, self.device) for row in rows], desc="calibrating", leave=False, disable=None)
+        bar = functools.partial(tqdm, leave=False, disable=None)
+        rows = bar([to_device(row, self.device) for row in rows], desc="calibrating")
         loss = lambda model, batch: loss_of(model, batch, self.task.kind)  # noqa: E731
         options = methods.accepted(self.method.calibrate, s.options)
-        plan = self.method.calibrate(self.model.to(self.device), targets, bar, loss, **options, **extra)
+        more = {**extra, "progress": functools.partial(bar, desc="initialising")}
+        plan = self.method.calibrate(self.model.to(self.device), targets, rows, loss, **options, **more)
         return parallel.agreed(plan)
 
     def wrap(self, layers):
