@@ -84,7 +84,8 @@ def read(run, progress, unread, bar):
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss {loss} at step {step}")
         if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient of norm {norm} at step {step}{culprit(run.model) if step == unread[-1][0] else ''}")
+            where = culprit(run.model) if step == unread[-1][0] else ""
+            raise FloatingPointError(f"gradient of norm {norm} at step {step}{where}")
         progress.losses.append(loss)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     unread.clear()
@@ -184,7 +185,8 @@ def fine_tune(s, command, stop):
     run = Run.start(s, command)
     print(f"base    {run.base}, {run.count()[1]:,} numbers")
     print(f"task    {run.task.name} from {s.data or 'the generated world'}: {len(run.train):,} training rows, "
-          f"{len(run.dev):,} for development, {run.task.kind}" + (f" ({', '.join(run.task.labels)})" if run.task.labels else ""))
+          f"{len(run.dev):,} for development, {run.task.kind}"
+          + (f" ({', '.join(run.task.labels)})" if run.task.labels else ""))  # fmt: skip
     remark(run)
     state = folder.state_to_resume(run)
     if state is None:
@@ -231,7 +233,7 @@ def remark(run):
         print("note    the tiny bases know their generated world only: on real text use --backbone")
     if s.data and len(run.dev) < 10:
         print(f"note    a development set of {len(run.dev)} says {'nothing' if len(run.dev) == 1 else 'little'}: "
-              "give more rows, or --dev FILE")
+              "give more rows, or --dev FILE")  # fmt: skip
     for name, rows in (("training", run.train), ("development", run.dev)):
         if n := data.empty(rows):
             print(f"empty   {n:,} of {len(rows):,} {name} rows have an empty text")
@@ -245,12 +247,13 @@ def introduce(run, progress):
     where = f"{len(run.layers)} layers" if run.layers else "no layer wrapped"
     heads = [] if s.freeze_head else modelling.head_modules(run.model)
     print(f"method  {s.method}, {where}, head {', '.join(heads) or 'not trained'}: "
-          f"{trained:,} trained of {everything:,} ({100 * trained / everything:.2f} %)")
+          f"{trained:,} trained of {everything:,} ({100 * trained / everything:.2f} %)")  # fmt: skip
     print(f"device  {run.device} ({choose_device(s.device)[1]}), {s.precision}, {torch.get_num_threads()} threads")
     default, source = default_rate(s)
     source = source if s.lr == default else "as asked"
     print(f"steps   {run.total_steps:,} of {s.accumulate} x {s.batch_size} rows, lr {s.lr:g} ({source}; head {s.head_lr:g}) "
-          f"{s.schedule}, {run.warmup_steps} warm-up" + (f"; resumed after step {progress.step}" if progress.step else ""))
+          f"{s.schedule}, {run.warmup_steps} warm-up"
+          + (f"; resumed after step {progress.step}" if progress.step else ""))  # fmt: skip
 
 
 def line(row):
@@ -283,7 +286,7 @@ def show(run, progress):
     best = (min if names[0] == "dev_loss" else max)(progress.history, key=lambda row: row[names[0]])
     print(", ".join(f"{name} {last[name]:.4f}" for name in names)
           + f" (best {names[0]} {best[names[0]]:.4f} at epoch {best['epoch']:.3g})"
-          + (f", rank total {last['rank_total']}" if "rank_total" in last else ""))
+          + (f", rank total {last['rank_total']}" if "rank_total" in last else ""))  # fmt: skip
 
 
 def compare(run):

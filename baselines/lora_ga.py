@@ -39,7 +39,7 @@ def mean_gradients(model, linears, batches, loss_fn, samples):
                 weight = linear.weight.requires_grad_(True)
                 weight.grad = None
                 hooks.append(weight.register_post_accumulate_grad_hook(lambda w, name=name: see(name, w)))
-            for count, batch in zip(range(1, samples + 1), batches):
+            for count, batch in zip(range(1, samples + 1), batches):  # noqa: B007 (read below)
                 loss_fn(model, batch).backward()
     finally:
         for hook in hooks:

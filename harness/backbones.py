@@ -22,9 +22,9 @@ CLASSES = {
 def load(name_or_dir, kind, labels=(), dtype=torch.float32):
     """(model, tokenizer) of a checkpoint for a `kind` of task; `labels` are a classification's class names.
 
-    In `dtype` (the head in float32) and in eval mode. Padding is on the right, with the end-of-text token where there is no other.
-    Conv1D layers (GPT-2) come as nn.Linear: see `delinearize`. A head of the checkpoint's own is kept if it
-    fits the task, else drawn at random. ValueError, in one line, if the checkpoint cannot serve.
+    In `dtype` (the head in float32) and in eval mode. Padding is on the right, with the end-of-text token where there is no
+    other. Conv1D layers (GPT-2) come as nn.Linear: see `delinearize`. A head of the checkpoint's own is kept if it fits the
+    task, else drawn at random. ValueError, in one line, if the checkpoint cannot serve.
     """
     try:
         import transformers

@@ -84,7 +84,7 @@ NOTES = """
 PEFT asks the base for the number of classes, not the adapter: that is why the lines name them.
 """, """
 The base is a folder of the machine that trained: change `base_model_name_or_path` in adapter_config.json where it lies elsewhere.
-"""
+"""  # fmt: skip
 
 
 @torch.no_grad()

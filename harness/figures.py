@@ -254,6 +254,7 @@ def maps(rows, cell=None):
 
 def growth(out, ranks):
     """ranks.png: at each step where ranks changed, which layer from which rank to which; left, where that ended."""
+
     def change(rows, name, j):
         before, now = rows[max(j - 1, 0)][1][name], rows[j][1][name]
         return f"{before}→{now}" if before != now else ""
@@ -266,7 +267,8 @@ def growth(out, ranks):
     top = [word for name, word in layer_words(last).items() if last[name] == most]
     title = f"Ranks {'grew' if end >= start else 'shrank'} at {len(ranks) - 1} step{'s' * (len(ranks) > 2)}, "
     title += f"from {start} to {end} in all; "
-    title += f"highest in the end: {' and '.join(top)}, at {most}" if len(top) < 3 else f"{len(top)} layers ended highest, at {most}"
+    highest = f"highest in the end: {' and '.join(top)}" if len(top) < 3 else f"{len(top)} layers ended highest"
+    title += f"{highest}, at {most}"
     caption = f"{sentence(meaning('', 'ranks'))}. 1→5: a rank of 1 became 5 at this step."
     return save(fig, out, "ranks.png", title, caption)
 

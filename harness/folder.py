@@ -37,7 +37,9 @@ FILES = {
     "curves.png", "histograms.png", "eigenvalues.png", "spectrum.png", "report.html",
 }  # fmt: skip
 # Settings that change no number of a run.
-FREE = {"resume", "overwrite", "out", "save_every", "no_figures", "compare", "save_base", "export_peft", "export_merged", "options"}
+FREE = {
+    "resume", "overwrite", "out", "save_every", "no_figures", "compare", "save_base", "export_peft", "export_merged", "options",
+}  # fmt: skip
 CONFIG = {
     "settings": dict, "task": dict, "layers": list[str], "max_new": int, "base": str | None, "tokenizer": str, "rows": str,
     "held_out": list[str] | None, "command": str, "versions": dict, "finished": dict | None,

@@ -182,5 +182,3 @@ METRICS = {
     "span": {"f1": over_answers(answer_f1), "em": over_answers(answer_em)},
     "lm": {"em": math_em, "exact_match": exact_match, "last_number": last_number, "boxed": boxed, "choice": exact_match},
 }
-
-

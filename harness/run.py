@@ -331,7 +331,8 @@ def split(s, rows, dev):
 def build_model(s, task):
     """(model, tokenizer, words about it) as the settings ask; new weights are drawn from torch's generator."""
     if s.backbone:
-        model, tokenizer = backbones.load(s.backbone, task.kind, task.labels, torch.bfloat16 if s.dtype == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
+        model, tokenizer = backbones.load(s.backbone, task.kind, task.labels, dtype)
         places = getattr(model.config, "max_position_embeddings", None) or math.inf
         places -= 2 * ("roberta" in model.config.model_type)  # which counts positions from 2
         if s.max_length > places:

@@ -51,6 +51,7 @@ def flag(default, help, **more):
 class Settings:
     """What a run is asked to be. None: decided when the run starts, or not asked for."""
 
+    # fmt: off
     method: str = flag("triadapt", "; ".join(f"{name} = {METHODS[name][1]}" for name in METHODS) + " (default triadapt)",
                        choices=METHODS, metavar="METHOD", group="what to run")
     task: str | None = flag(None, f"{', '.join(data.TASKS)} (default cola); without --data: {', '.join(data.GENERATED)}",
@@ -60,7 +61,8 @@ class Settings:
     overwrite: bool = flag(False, "replace another run in that folder")
     resume: bool = flag(False, "go on where this same command was stopped")
 
-    data: str | None = flag(None, "a folder in the task's official layout, or your own CSV, TSV (no quoting) or JSONL file", group="data")
+    data: str | None = flag(None, "a folder in the task's official layout, or your own CSV, TSV (no quoting) or JSONL file",
+                            group="data")
     text: list[str] | None = flag(None, "your own file: its one or two columns of text", nargs="+", metavar="COLUMN")
     label: str | None = flag(None, "your own file: its column of labels", metavar="COLUMN")
     kind: str | None = flag(None, "your own file: whether labels are classes or scores (default: scores if one has a fraction)",
@@ -68,7 +70,8 @@ class Settings:
     merge_labels: bool = flag(False, "your own file: labels that differ in case or surrounding spaces alone are one class")
     classes_ok: bool = flag(False, f"your own file: more than {MANY} classes are meant, or more than half as many as rows")
     dev: str | None = flag(None, "your own development file (default: a random tenth of --data)", metavar="FILE")
-    prompt: list[str] | None = flag(None, "task sft: the columns of the prompt (default: as in the published sets)", nargs="+", metavar="COLUMN")
+    prompt: list[str] | None = flag(None, "task sft: the columns of the prompt (default: as in the published sets)",
+                                    nargs="+", metavar="COLUMN")
     answer: str | None = flag(None, "task sft: the column of the answer", metavar="COLUMN")
     template: str | None = flag(None, "task sft: a file with the columns' names in braces, or chat, the tokenizer's own template",
                                 metavar="FILE")
@@ -84,8 +87,10 @@ class Settings:
                             metavar="FILE")
     scratch: bool = flag(False, "our own transformer with random weights")
     targets: list[str] | None = flag(
-        None, "ends of the names of the linear layers to adapt (default: all in the transformer blocks)", nargs="+", metavar="NAME")
-    exclude: list[str] | None = flag(None, "layers that --targets or its default names, but not to be adapted", nargs="+", metavar="NAME")
+        None, "ends of the names of the linear layers to adapt (default: all in the transformer blocks)",
+        nargs="+", metavar="NAME")
+    exclude: list[str] | None = flag(None, "layers that --targets or its default names, but not to be adapted",
+                                     nargs="+", metavar="NAME")
     freeze_head: bool = flag(False, "leave the task head alone (TLoRA's own runs do)")
     # With --scratch: about one million numbers, seconds per epoch on a laptop.
     width: int = flag(128, "scratch: width of a token's vector (default 128)", type=count)
@@ -94,13 +99,16 @@ class Settings:
     hidden: int = flag(512, "scratch: width of the MLP (default 512)", type=count)
 
     # The papers run 3 to 50 epochs on GLUE's tasks; those of the generated ones take less than a minute here.
-    epochs: int | None = flag(None, f"passes over the training rows (default {EPOCHS}; generated {FEW})", type=count, group="training")
+    epochs: int | None = flag(None, f"passes over the training rows (default {EPOCHS}; generated {FEW})", type=count,
+                              group="training")
     max_steps: int | None = flag(None, "stop after this many optimizer steps, if that is sooner", type=count)
     batch_size: int = flag(32, "rows per batch (default 32, as three of the papers)", type=count)
     accumulate: int = flag(1, "batches per optimizer step (default 1)", type=count)
     lr: float | None = flag(None, f"peak learning rate ({BY_METHOD})", type=number)
-    head_lr: float | None = flag(None, f"peak learning rate of the task head (default {HEAD_RATE:g}; --lr for method head)", type=number)
-    schedule: str = flag("linear", "after the warm-up (default linear, as three of the papers)", choices=("linear", "cosine", "constant"))
+    head_lr: float | None = flag(None, f"peak learning rate of the task head (default {HEAD_RATE:g}; --lr for method head)",
+                                 type=number)
+    schedule: str = flag("linear", "after the warm-up (default linear, as three of the papers)",
+                         choices=("linear", "cosine", "constant"))
     # 6 % is RoBERTa's and TLoRA's.
     warmup: float = flag(0.06, "share of the steps with a rising rate (default 0.06)", type=number)
     weight_decay: float | None = flag(None, f"AdamW's ({BY_METHOD})", type=number)
@@ -108,14 +116,16 @@ class Settings:
     clip: float = flag(1.0, "largest norm of the gradient, 0 = no limit (default 1)", type=number)
     eval_every: int | None = flag(None, "optimizer steps between evaluations (default: each epoch)", type=count)
     save_every: int | None = flag(
-        None, "optimizer steps between saved states (default: at evaluations, and as often as costs a hundredth of the time)", type=count)
+        None, "optimizer steps between saved states (default: at evaluations, and as often as costs a hundredth of the time)",
+        type=count)
 
     device: str = flag("auto", "default auto", choices=("auto", "cpu", "cuda", "mps"), group="machine")
     precision: str = flag("auto", "auto: bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16"))
     # On an H200 one function a layer was up to a fifth slower than the files' own way and took 0.7 to 0.9 of its memory
     # (bench/speed-cuda-bf16.md, bench/memory-cuda-bf16.md).
     fast: bool | None = flag(None, "compute each adapted layer in one autograd function, fast.py (default: on the CPU)")
-    dtype: str = flag("float32", "of a backbone's frozen weights; what is trained stays float32 (default float32)", choices=("float32", "bf16"))
+    dtype: str = flag("float32", "of a backbone's frozen weights; what is trained stays float32 (default float32)",
+                      choices=("float32", "bf16"))
     compile: bool = flag(False, "torch.compile the model")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory")
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", type=count)
@@ -126,6 +136,7 @@ class Settings:
     export_merged: str | None = flag(None, "write a checkpoint with the update folded in (needs --backbone)", metavar="DIR")
     compare: str | None = flag(None, "cosine similarity of each layer's update with that run's", metavar="RUN")
     no_figures: bool = flag(False, "draw nothing")
+    # fmt: on
 
     options: dict = field(default_factory=dict)  # the method's own, by name
 
@@ -290,7 +301,7 @@ def tables(shared, width=106):
 
 
 def add_option(group, option, owners):
-    """One flag for a method's option, or for several methods' that share the name: the words are the yardstick's, or the first's."""
+    """One flag for a method's option, or for several methods' that share the name: the yardstick's words, or the first's."""
     kind, default, text = owners.get("lora", next(iter(owners.values())))
     differ = len({facts[2] for facts in owners.values()}) > 1
     text += f" (default {default_of(option, (kind, default))})" if len(owners) == 1 else "; differs by method" if differ else ""
@@ -361,7 +372,8 @@ def default_rate(s):
 
 def check(s):
     """Refuse flags that do not go together; paths become absolute."""
-    for name in ("out", "data", "label", "dev", "backbone", "base", "save_base", "export_peft", "export_merged", "compare", "answer", "template"):
+    paths = "out data dev backbone base save_base export_peft export_merged compare"
+    for name in f"{paths} label answer template".split():
         if getattr(s, name) == "":
             raise ValueError(f"--{name.replace('_', '-')} is empty")
     if s.text is None and (s.kind or s.merge_labels or s.classes_ok):
@@ -386,7 +398,8 @@ def check(s):
         if not s.backbone:
             raise ValueError("--dtype bf16 goes with --backbone: the tiny bases are small in float32")
         if s.method in ("full", "bitfit"):
-            raise ValueError(f"method {s.method} trains the base's own weights, whose small steps bf16 rounds away: --dtype float32")
+            why = "trains the base's own weights, whose small steps bf16 rounds away"
+            raise ValueError(f"method {s.method} {why}: --dtype float32")
         if s.precision == "float32":
             raise ValueError("--dtype bf16 computes in bf16: leave --precision float32 out")
         s.precision = "bf16"

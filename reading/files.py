@@ -473,5 +473,3 @@ def write_submission(task, predictions, path):
     else:
         values = [file_label(task, int(label)) for label in predictions]
     write_text(path, "index\tprediction\n" + "".join(f"{i}\t{value}\n" for i, value in enumerate(values)))
-
-

@@ -38,7 +38,8 @@ def read(path, prompt=(), answer=None, template="", labelled=True):
     if not prompt and not chat:
         prompt, answer = next((known for known in KNOWN if known[0][0] in first), (None, None))
         if prompt is None:
-            raise bad(path, rows[0][0], f"no column of prompts is known among {brief(', '.join(first), 200)}: name them with --prompt, --answer")
+            raise bad(path, rows[0][0], f"no column of prompts is known among {brief(', '.join(first), 200)}: "
+                      "name them with --prompt, --answer")  # fmt: skip
         prompt = tuple(name for name in prompt if name in first)
     examples = []
     for i, (line, row) in enumerate(rows):

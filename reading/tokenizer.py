@@ -84,14 +84,10 @@ def train_tokenizer(texts, vocab_size):
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     single, pair, ids = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 1), ("[SEP]", 2)]
     frame = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
     # trim_offsets: a word's place in its text is without the space.
     bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), frame])
     return Tokenizer(bpe)
-
-
