@@ -18,6 +18,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -37,7 +38,7 @@ TIMES = ("seconds", "tokens_per_s")
 # ------------------------------------------------------------------------- the loop
 
 
-def train(run, optimizer, progress, stop):
+def train(run: Run, optimizer: torch.optim.Optimizer, progress: folder.Progress, stop: Stop) -> None:
     """Batch, gradient, step, growth, evaluation, until the steps are done. FloatingPointError at a NaN or an infinity."""
     s, method = run.settings, run.method
     saver = folder.Saver(run, progress, optimizer)
@@ -75,7 +76,7 @@ def train(run, optimizer, progress, stop):
             tokens, clock = 0, time.perf_counter()
 
 
-def read(run, progress, unread, bar):
+def read(run: Run, progress: folder.Progress, unread: list[tuple[int, torch.Tensor]], bar: tqdm) -> None:
     """Keep the losses of the steps since the last reading. FloatingPointError at a NaN or an infinity, which names the step.
 
     On a GPU reading waits for everything it was asked to do, so it is done at the progress bar's pace.
@@ -91,12 +92,12 @@ def read(run, progress, unread, bar):
     unread.clear()
 
 
-def due(run, step):
+def due(run: Run, step: int) -> bool:
     """Whether an evaluation follows the step."""
     return step % (run.settings.eval_every or run.steps_per_epoch) == 0 or step == run.total_steps
 
 
-def evaluated(run, progress, saver, stop, speed):
+def evaluated(run: Run, progress: folder.Progress, saver: folder.Saver, stop: Stop, speed: float | None) -> bool:
     """Evaluate if it is time to, keep the row and save; whether it was."""
     if not progress.losses or not due(run, progress.step):
         return False
@@ -121,13 +122,13 @@ def evaluated(run, progress, saver, stop, speed):
     return True
 
 
-def culprit(model):
+def culprit(model: torch.nn.Module) -> str:
     """The first parameter whose gradient is not finite, in words."""
     names = (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
     return f", in {name}" if (name := next(names, None)) else ""
 
 
-def steps(run, done):
+def steps(run: Run, done: int) -> Iterator[tuple[list[dict], list[int], int, tqdm]]:
     """(batches of one optimizer step on the device, labels in each, tokens in all, progress bar), in the seeded order of each
     epoch, after `done` steps. What stands in a batch is counted before a GPU has it: to ask it would be to wait for it."""
     s, per_epoch = run.settings, run.steps_per_epoch
@@ -142,24 +143,24 @@ def steps(run, done):
             yield [to_device(batch, run.device) for batch in group], [run.labelled(batch) for batch in group], tokens, bar
 
 
-def backward(run, batches, labelled):
+def backward(run: Run, batches: Sequence[dict], labelled: Sequence[int]) -> torch.Tensor:
     """Add the gradient of the mean loss over all labels of the batches; returns that loss, a scalar on the device."""
     total = 0.0
     for batch, n in zip(batches, labelled):
         part = n / sum(labelled) * run.forward(batch)
         part.backward()
         total = total + part.detach()
-    return total
+    return total  # type: ignore[return-value]
 
 
-def grouped(items, size):
+def grouped(items: Iterable, size: int) -> Iterator[list]:
     """Lists of `size` items, the last one shorter."""
     items = iter(items)
     while group := list(itertools.islice(items, size)):
         yield group
 
 
-def rate(step, total, warmup, schedule):
+def rate(step: int, total: int, warmup: int, schedule: str) -> float:
     """The learning rate at optimizer step 0, 1, .. total - 1, as a share of its peak.
 
     Rises linearly over `warmup` steps, (step + 1) / warmup, then falls to 0 at `total`, or stays.
@@ -175,7 +176,7 @@ def rate(step, total, warmup, schedule):
 # ------------------------------------------------------------------------- before and after it
 
 
-def fine_tune(s, command, stop):
+def fine_tune(s, command: str, stop: Stop) -> dict:
     """Train as the settings ask and leave the run folder; returns the last evaluation."""
     if s.compare and not folder.read_run(s.compare)[0]["layers"]:  # now, not after the training
         raise ValueError(f"--compare {s.compare}: that run has no low-rank update")
@@ -215,7 +216,7 @@ def fine_tune(s, command, stop):
     return progress.history[-1]
 
 
-def groups_of(run):
+def groups_of(run: Run) -> list[dict]:
     """The method's parameter groups, with the task head's parameters in groups of their own, of --head-lr."""
     s, groups = run.settings, []
     heads = {p for name in modelling.head_modules(run.model) for p in run.model.get_submodule(name).parameters()}
@@ -226,7 +227,7 @@ def groups_of(run):
     return groups
 
 
-def remark(run):
+def remark(run: Run) -> None:
     """What one should know of the rows before waiting for a result."""
     s = run.settings
     if s.data and not (s.backbone or s.scratch):
@@ -241,7 +242,7 @@ def remark(run):
         print(f"cut     {cut:,} of {len(run.train):,} training texts are longer than --max-length {s.max_length} tokens")
 
 
-def introduce(run, progress):
+def introduce(run: Run, progress: folder.Progress) -> None:
     """What is trained, where and how long, with the reason of every choice."""
     s, (trained, everything) = run.settings, run.count()
     where = f"{len(run.layers)} layers" if run.layers else "no layer wrapped"
@@ -256,7 +257,7 @@ def introduce(run, progress):
           + (f"; resumed after step {progress.step}" if progress.step else ""))  # fmt: skip
 
 
-def line(row):
+def line(row: dict) -> str:
     """An evaluation as one line on screen."""
     skip = {"step", "epoch", "trained", *TIMES}
     parts = [f"epoch {row['epoch']:5.2f}  step {row['step']:5d}"]
@@ -266,7 +267,7 @@ def line(row):
     return "  ".join(parts) + f"  {row['tokens_per_s']:,} tokens/s"
 
 
-def show(run, progress):
+def show(run: Run, progress: folder.Progress) -> None:
     """Figures, exports and the result."""
     s, last = run.settings, progress.history[-1]
     other = (s.compare, compare(run)) if s.compare else None
@@ -289,7 +290,7 @@ def show(run, progress):
           + (f", rank total {last['rank_total']}" if "rank_total" in last else ""))  # fmt: skip
 
 
-def compare(run):
+def compare(run: Run) -> dict[str, torch.Tensor]:
     """Cosine similarity of each layer's dW with that of another run on the same layers, printed and kept.
 
     Returns {layer: the other run's dW (m, n)}.
@@ -311,7 +312,7 @@ def compare(run):
     return updates
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     settings = parse(argv, description=__doc__.split("\n\n")[0])
     try:

@@ -15,6 +15,7 @@ The authors take 64 batches of 2, gamma 16, and the model as it trains; here it 
     names = inject(model, targets, plan=plan)
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -24,7 +25,13 @@ from baselines import corda, lora, pissa
 param_groups, merge, describe = lora.param_groups, lora.merge, corda.describe
 
 
-def mean_gradients(model, linears, batches, loss_fn, samples):
+def mean_gradients(
+    model: torch.nn.Module,
+    linears: Mapping[str, torch.nn.Linear],
+    batches: Iterable,
+    loss_fn: Callable[..., torch.Tensor],
+    samples: int,
+) -> dict[str, torch.Tensor]:
     """{name: G (m, n), on the CPU}; beside those sums the gradient of one layer at a time is alive."""
     sums = {name: torch.zeros_like(pissa.wide(linear.weight), device="cpu") for name, linear in linears.items()}
 
@@ -51,7 +58,7 @@ def mean_gradients(model, linears, batches, loss_fn, samples):
     return {name: G / count for name, G in sums.items()}
 
 
-def approximated(G, r, gamma, variant):
+def approximated(G: torch.Tensor, r: int, gamma: float, variant: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """B0 (m, r), A0 (r, n) and the singular values that were found of a gradient G (m, n)."""
     torch.manual_seed(0)  # of the randomised decomposition: the same plan from the same gradients
     U, S, V = torch.svd_lowrank(G, q=min(4 * r, *G.shape), niter=4)
@@ -61,9 +68,10 @@ def approximated(G, r, gamma, variant):
 
 
 def calibrate(
-    model, targets, batches, loss_fn, *, rank: int = 8, samples: int = 128, gamma: float = 16.0,
+    model: torch.nn.Module, targets: Sequence[str], batches: Iterable, loss_fn: Callable[..., torch.Tensor], *,
+    rank: int = 8, samples: int = 128, gamma: float = 16.0,
     variant: Literal["authors", "peft"] = "authors", **walk,
-):  # fmt: skip
+) -> dict[str, corda.Start]:  # fmt: skip
     """Look at gradients, return the plan {layer name: corda.Start} for `inject`. `batches` yields batches,
     loss_fn(model, batch) gives the scalar loss. ValueError as inject's, and where a gradient is zero or not finite.
 
@@ -84,7 +92,9 @@ def calibrate(
         return {name: corda.Start(*approximated(gradients[name], rank, gamma, variant)) for name in linears}
 
 
-def inject(model, targets, *, plan=None, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, **walk):
+def inject(
+    model: torch.nn.Module, targets: Sequence[str], *, plan=None, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, **walk
+) -> list[str]:
     """As baselines/corda.py's inject, with a plan of `calibrate` above: there the errors and what no plan means.
 
     Options:

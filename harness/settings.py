@@ -13,6 +13,7 @@ import sys
 import textwrap
 import types
 import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import data
@@ -27,21 +28,21 @@ BY_METHOD = "default: the method's, in the table below"
 HEAD_RATE = 1e-3  # of the task head beside any method: swept once, with LoRA (docs/rates.md)
 
 
-def count(text):
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
 
 
-def number(text):
+def number(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0")
     return value
 
 
-def flag(default, help, **more):
+def flag(default: object, help: str, **more):
     """A field with what argparse is to know of its flag; `group` begins a group of flags."""
     make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**make, metadata={"help": help, **more})
@@ -141,7 +142,7 @@ class Settings:
     options: dict = field(default_factory=dict)  # the method's own, by name
 
 
-def typed(fields, values, where):
+def typed(fields: Mapping[str, object], values: object, where: str) -> None:
     """ValueError in one line unless `values` is a dictionary with just these fields, {name: type}, each of its type."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: {shown(values)} is not an object with {len(fields)} keys")
@@ -155,7 +156,7 @@ def typed(fields, values, where):
             raise ValueError(f"{where}: '{name}' is {shown(values[name])}, expected {kind}")
 
 
-def fits(value, kind):
+def fits(value, kind) -> bool:
     """Whether a value from JSON is of a type: int is no bool, float is finite and may be whole, tuples are lists."""
     if isinstance(kind, types.UnionType):
         return any(fits(value, one) for one in typing.get_args(kind))
@@ -173,11 +174,11 @@ def fits(value, kind):
     return type(value) is kind
 
 
-def shown(value):
+def shown(value: object) -> str:
     return textwrap.shorten(repr(value), 60)
 
 
-def read_settings(values, where):
+def read_settings(values: dict, where: str) -> Settings:
     """Settings from config.json. ValueError in one line for a wrong type, choice, or a missing or unknown key."""
     known = {f.name: f for f in dataclasses.fields(Settings)}
     typed({name: f.type for name, f in known.items()}, values, where)
@@ -193,7 +194,7 @@ class Parser(argparse.ArgumentParser):
         """One line on stderr instead of the usage and a line."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def convert_arg_line_to_args(self, line):
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
         """The flags on a line of an @FILE: words as in a shell, # begins a comment."""
         try:
             words = shlex.split(line, comments=True)
@@ -214,7 +215,7 @@ class Help(argparse.HelpFormatter):
         return textwrap.indent(text, indent) if "\n" in text else super()._fill_text(text, width, indent)
 
 
-def build_parser(description=None, method=None):
+def build_parser(description: str | None = None, method: str | None = None) -> Parser:
     """Flags of the run in groups, then the methods' own, or those of one `method`; a flag that is not given is None."""
     p = Parser(
         prog="train.py",
@@ -237,7 +238,7 @@ def build_parser(description=None, method=None):
         elif f.type == bool | None:
             more["action"] = argparse.BooleanOptionalAction
         elif f.name != "method":  # whether that is given decides what --help shows
-            more["default"] = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            more["default"] = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[operator]
         if method in METHODS and f.name in ("method", "lr", "weight_decay"):
             more["help"] = of_method(method, f.name)
         group.add_argument("--" + f.name.replace("_", "-"), **more)
@@ -262,7 +263,7 @@ def build_parser(description=None, method=None):
     return p
 
 
-def of_method(method, name):
+def of_method(method: str, name: str) -> str:
     """The help of a flag whose default is the method's."""
     _, words, rate, decay = METHODS[method]
     real, source = BACKBONE_RATES[method]
@@ -270,11 +271,11 @@ def of_method(method, name):
             "weight_decay": f"AdamW's (default {decay:g})"}[name].replace("%", "%%")  # fmt: skip
 
 
-def default_of(option, facts):
+def default_of(option: str, facts: tuple) -> object:
     return FROM_RUN[option][0] if option in FROM_RUN else facts[1]
 
 
-def tables(shared, width=106):
+def tables(shared: Mapping[str, dict[str, tuple]], width: int = 106) -> str:
     """Defaults, a method a row: as many columns beside each other as there is room for, then the next."""
     columns = {"lr": {name: f"{facts[2]:g}" for name, facts in METHODS.items()},
                "lr (backbone)": {name: f"{rate:g}" for name, (rate, _) in BACKBONE_RATES.items()},
@@ -300,7 +301,7 @@ def tables(shared, width=106):
     return "\n".join([*lines, "", f"* a share of the run: {shares}"])
 
 
-def add_option(group, option, owners):
+def add_option(group, option: str, owners: Mapping[str, tuple]) -> None:
     """One flag for a method's option, or for several methods' that share the name: the yardstick's words, or the first's."""
     kind, default, text = owners.get("lora", next(iter(owners.values())))
     differ = len({facts[2] for facts in owners.values()}) > 1
@@ -310,7 +311,7 @@ def add_option(group, option, owners):
     group.add_argument("--" + option.replace("_", "-"), help=text.replace("%", "%%"), **more)
 
 
-def on_a_run(name, what, act, argv=None):
+def on_a_run(name: str, what: str, act: Callable[[str], str], argv: Sequence[str] | None = None) -> int:
     """The command line `python -m harness.NAME RUN`: act(RUN) does it and returns the words to print."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 1 or argv[0].startswith("-"):
@@ -324,14 +325,14 @@ def on_a_run(name, what, act, argv=None):
     return 0
 
 
-def in_words(error):
+def in_words(error: Exception) -> str:
     """An error as one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'standard output'}: {error.strerror}"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def parse(argv, description=None):
+def parse(argv: Sequence[str], description: str | None = None) -> Settings:
     """Settings from the command line; a method's flag with another method is refused."""
     parser = build_parser(description)
     values = vars(parser.parse_args(argv))
@@ -362,7 +363,7 @@ def parse(argv, description=None):
     return settings
 
 
-def default_rate(s):
+def default_rate(s: Settings) -> tuple[float, str]:
     """(the learning rate where --lr names none, where it is from)."""
     if s.backbone:
         rate, source = BACKBONE_RATES[s.method]
@@ -370,7 +371,7 @@ def default_rate(s):
     return METHODS[s.method][2], "default of the generated tasks"
 
 
-def check(s):
+def check(s: Settings) -> None:
     """Refuse flags that do not go together; paths become absolute."""
     paths = "out data dev backbone base save_base export_peft export_merged compare"
     for name in f"{paths} label answer template".split():
@@ -432,7 +433,7 @@ def check(s):
             raise ValueError(f"--{name} {value} is not below 1")
 
 
-def fill_in(s):
+def fill_in(s: Settings) -> None:
     """What was left to follow from the method, the task and the model."""
     if s.epochs is None:
         s.epochs = EPOCHS if s.data else TASK_EPOCHS.get(s.task, EPOCHS)
