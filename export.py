@@ -10,6 +10,7 @@ adapter that was not exported from here says nothing of its task: --task names o
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import data
 from harness import folder
@@ -18,7 +19,7 @@ from harness.run import Run
 from harness.settings import Parser, Settings, count, in_words
 
 
-def own_task(labels, text):
+def own_task(labels: Sequence[str], text: Sequence[str]) -> data.Task:
     """The task of classes in your own words; predict.py reads the columns `text` and, if there is one, `label`."""
     if len(set(labels)) < max(2, len(labels)) or len(text) > 2:
         raise ValueError("--labels are two different ones or more, --text one column or two")
@@ -26,7 +27,7 @@ def own_task(labels, text):
     return data.Task("custom", "classification", tuple(labels), ("accuracy", "macro_f1"), len(text) == 2, columns=columns)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder (with --from-peft a new one)")
     parser.add_argument("--peft", metavar="DIR", help="write a PEFT LoRA adapter there")
@@ -44,7 +45,7 @@ def main(argv=None):
         parser.error("give --peft DIR or --merged DIR, or --from-peft DIR")
     try:
         if args.from_peft:
-            task = own_task(args.labels, args.text) if args.labels else data.TASKS.get(args.task)
+            task = own_task(args.labels, args.text) if args.labels else data.TASKS.get(args.task)  # type: ignore[union-attr]
             named = {"task": args.task, "out": args.run, "backbone": args.backbone, "max_length": args.max_length}
             from_peft(args.from_peft, Settings(method="lora", precision="float32", **named), task, args.force)
         if not args.peft and not args.merged:

@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 
 
-def fold_from(m, n):
+def fold_from(m: int, n: int) -> int:
     """The number of tokens from which W0 + P Q is cheaper than two thin products, whatever the rank k.
 
     Each entry that P Q is added to costs 2 k operations, one read and one write: m n entries in forward and in backward, or
@@ -35,12 +35,12 @@ def fold_from(m, n):
     return -(-2 * m * n // (m + n))
 
 
-def can_fold(dtype):
+def can_fold(dtype: torch.dtype) -> bool:
     """Whether W0 + P Q is as exact as the sum of the products: in float32 that is not rounded further, and in float64."""
     return dtype == torch.float64 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
 
 
-def draw_bits(count, p, device):
+def draw_bits(count: int, p: float, device: torch.device) -> tuple[torch.Tensor, float]:
     """`count` random bits in words of 64, each 0 with probability p (1/256 to 255/256), and the factor 1 / (1 - p).
 
     With 1 - p = 0.b1 b2 .. in binary and w a fair bit, a bit is 1 with that probability if it is (w or rest) where b1 = 1
@@ -52,10 +52,10 @@ def draw_bits(count, p, device):
         if digit or bits is not None:
             fair = torch.randint(-(2**63), 2**63 - 1, (-(-count // 64),), device=device)
             bits = fair if bits is None else fair | bits if digit else fair & bits
-    return bits, 256 / keep
+    return bits, 256 / keep  # type: ignore[return-value]
 
 
-def mask(bits, like):
+def mask(bits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The bits as 0. and 1. in the shape of `like`: first the lowest bit of every byte, then the next."""
     places = torch.arange(8, dtype=torch.uint8, device=like.device)[:, None]
     keep = (bits.view(torch.uint8) >> places).bitwise_and_(1)  # (8, bytes)
@@ -99,7 +99,7 @@ class LowRank(torch.autograd.Function):
             dQ = s @ X  # (k, n)
             h = Q_ @ X.t() if trains_P else None  # (k, T), sooner made again than kept
         if trains_P:
-            dP = (h @ U).t()  # (m, k)
+            dP = (h @ U).t()  # type: ignore[operator]  # (m, k)
         if trains_x:
             dx = G @ (torch.addmm(W, P_, Q_) if fold else W)  # (T, n)
             if side == "input":
@@ -110,14 +110,14 @@ class LowRank(torch.autograd.Function):
         return dx, dP, dQ, None, None, None, None, None, None  # autograd casts them to what x, P and Q are
 
 
-def cast(dtype, *tensors):
+def cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
 class Fast:
     """Stands before the class of a layer, and takes over its forward. All else is the layer's own."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.__dict__["called"] = True  # as the methods' own layers say, for their `merge`
         x, base = input, self.base
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
@@ -142,37 +142,37 @@ class Fast:
         return revive, (slow_class(self),), *super().__reduce_ex__(protocol)[2:]
 
 
-def dropout_side(layer):
+def dropout_side(layer: nn.Module) -> str:
     """TLoRA drops of the update's output, every other method of its input."""
     return "output" if any(cls.__name__ == "TLoRALinear" for cls in type(layer).__mro__) else "input"
 
 
-def slow_class(layer):
+def slow_class(layer: nn.Module) -> type:
     return type(layer).__mro__[2]  # the class itself, Fast, the layer's
 
 
 @functools.cache
-def fast_class(cls):
+def fast_class(cls: type) -> type:
     return type("Fast" + cls.__name__, (Fast, cls), {})
 
 
-def revive(cls):
+def revive(cls: type) -> nn.Module:
     return cls.__new__(fast_class(cls))
 
 
-def speed_up(model):
+def speed_up(model: nn.Module) -> dict[str, str]:
     """Let every layer with factors() over a plain nn.Linear compute through `LowRank`. Returns {layer: how, in words}."""
     words = {}
     for name, layer in model.named_modules():
         plain = type(getattr(layer, "base", None)) is nn.Linear and not getattr(layer, "reads_dW", False)
         if plain and has_factors(layer) and not isinstance(layer, Fast):
-            layer.__class__ = fast_class(type(layer))
+            layer.__class__ = fast_class(type(layer))  # type: ignore[arg-type]
         if isinstance(layer, Fast):
             words[name] = describe(layer)
     return words
 
 
-def has_factors(layer):
+def has_factors(layer: nn.Module) -> bool:
     """DoRA's layers say in words that their change is not of low rank: they stay as they are."""
     try:
         return bool(layer.factors())
@@ -180,14 +180,14 @@ def has_factors(layer):
         return False
 
 
-def slow_down(model):
+def slow_down(model: nn.Module) -> None:
     """Undo `speed_up`."""
     for layer in model.modules():
         if isinstance(layer, Fast):
             layer.__class__ = slow_class(layer)
 
 
-def describe(layer):
+def describe(layer: nn.Module) -> str:
     W0 = layer.base.weight
     if not can_fold(W0.dtype):
         return f"two thin products ({str(W0.dtype)[6:]} arithmetic would round the update away in W0 + PQ)"

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -41,7 +42,7 @@ class Config:
 class Block(nn.Module):
     """Attention and MLP, each added to x (B, T, d)."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         d = config.width
@@ -54,11 +55,15 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(d, config.hidden)
         self.down_proj = nn.Linear(config.hidden, d)
 
-    def forward(self, x, cos, sin, mask, keep=None):
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None, keep: Callable | None = None
+    ) -> torch.Tensor:
         x = x + self.drop(self.attention(self.norm1(x), cos, sin, mask, keep))  # (B, T, d)
         return x + self.drop(self.down_proj(F.gelu(self.up_proj(self.norm2(x)))))  # (B, T, d)
 
-    def attention(self, x, cos, sin, mask, keep):
+    def attention(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None, keep: Callable | None
+    ) -> torch.Tensor:
         split = x.shape[:2] + (self.config.heads, -1)
         q = self.q_proj(x).view(split).transpose(1, 2)  # (B, heads, T, d/heads)
         k = self.k_proj(x).view(split).transpose(1, 2)
@@ -70,11 +75,11 @@ class Block(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.config.causal and mask is None)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, d)
 
-    def drop(self, x):
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.config.dropout, self.training)
 
 
-def rope_tables(T, dim, dtype, device):
+def rope_tables(T: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin (T, dim) of the angles t * 10000^(-2i/dim), i = 0 .. dim/2 - 1, twice side by side."""
     exact = torch.promote_types(dtype, torch.float32)  # bfloat16 cannot even count to T
     rates = 10000.0 ** (-torch.arange(0, dim, 2, dtype=exact, device=device) / dim)  # (dim/2,)
@@ -82,7 +87,7 @@ def rope_tables(T, dim, dtype, device):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x, cos, sin):
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x_i, x_{i + dim/2}) by its angle: then q_s . k_t knows positions by s - t alone."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)  # (B, heads, T, dim)
@@ -94,14 +99,14 @@ class Cache:
     The first `seen[i]` tokens of row i hold. Rows may stand at different places; what lies behind is written over.
     """
 
-    def __init__(self, rows, device):
+    def __init__(self, rows: int, device: torch.device):
         self.seen, self.kept = torch.zeros(rows, 1, dtype=torch.int64, device=device), {}
 
-    def places(self, T):
+    def places(self, T: int) -> torch.Tensor:
         """Where T new tokens of every row stand, (B, T)."""
         return self.seen + torch.arange(T, device=self.seen.device)
 
-    def keep(self, block, k, v):
+    def keep(self, block: Block, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """Put the new k and v (B, heads, T, d/heads) behind those of the block that hold; returns all, (B, heads, S, d/heads)."""
         rows, places = torch.arange(len(k), device=k.device)[:, None], self.places(k.shape[2])
         old = self.kept.get(block, (k[:, :, :0], v[:, :, :0]))
@@ -110,7 +115,7 @@ class Cache:
             t[rows, :, places] = new.transpose(1, 2)
         return self.kept[block]
 
-    def only(self, rows):
+    def only(self, rows: list[int]) -> None:
         """Forget all rows but those."""
         self.seen, self.kept = self.seen[rows], {block: [t[rows] for t in both] for block, both in self.kept.items()}
 
@@ -118,7 +123,7 @@ class Cache:
 class Transformer(nn.Module):
     """kind "classification" (`outputs` classes), "regression", "span" or "lm"; see `forward`."""
 
-    def __init__(self, config, kind="lm", outputs=0):
+    def __init__(self, config: Config, kind: str = "lm", outputs: int = 0):
         super().__init__()
         sizes = {"classification": outputs, "regression": 1, "span": 2, "lm": 0}
         if kind not in sizes:
@@ -137,7 +142,7 @@ class Transformer(nn.Module):
             self.head = nn.Linear(config.width, sizes[kind])
         self.apply(self.init)
 
-    def init(self, module):
+    def init(self, module: nn.Module) -> None:
         """GPT-2's initial values, normal of deviation 0.02 and biases zero, but that attention begins by comparing and
         copying (mimetic initialization, Trockman & Kolter 2023, arXiv 2305.09828): where the key matrix is the query
         matrix, equal tokens attend to each other; where the output matrix is the value matrix transposed, they hand on
@@ -155,7 +160,14 @@ class Transformer(nn.Module):
                 module.k_proj.weight.copy_(module.q_proj.weight)
                 module.o_proj.weight.copy_(module.v_proj.weight.T * shrink)
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, positions=None, cache=None):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
         """Logits from ids (B, T) int64; attention_mask (B, T) is 1 at tokens and 0 at padding.
 
         classification (B, C) and regression (B,) read the first token (encoder: padding stands on the
@@ -179,7 +191,13 @@ class Transformer(nn.Module):
         y = self.head(h)  # (B, C)
         return y.squeeze(1) if self.kind == "regression" else y
 
-    def encode(self, input_ids, attention_mask=None, token_type_ids=None, cache=None):
+    def encode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
         """The last block's output, normalised: (B, T, d)."""
         T = input_ids.shape[1]
         x = self.embed(input_ids)  # (B, T, d)
@@ -187,11 +205,11 @@ class Transformer(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         mask, keep = None, cache and cache.keep
         places = cache and cache.places(T)  # (B, T)
-        S = T if cache is None else int(places.max()) + 1
+        S = T if cache is None else int(places.max()) + 1  # type: ignore[union-attr]
         cos, sin = rope_tables(S, self.config.width // self.config.heads, x.dtype, x.device)  # (S, d/heads)
         if cache is not None:
-            cos, sin = cos[places][:, None], sin[places][:, None]  # (B, 1, T, d/heads)
-            mask = (torch.arange(S, device=x.device) <= places[..., None])[:, None]  # (B, 1, T, S)
+            cos, sin = cos[places][:, None], sin[places][:, None]  # type: ignore[index]  # (B, 1, T, d/heads)
+            mask = (torch.arange(S, device=x.device) <= places[..., None])[:, None]  # type: ignore[index]  # (B, 1, T, S)
         elif attention_mask is not None:
             mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T), True = may be looked at
             if self.config.causal:
@@ -207,7 +225,7 @@ class Transformer(nn.Module):
 # --------------------------------------------------------------------- the base on disk
 
 
-def save_base(model, path):
+def save_base(model: Transformer, path: str | os.PathLike[str]) -> None:
     """Write the model without its head: one safetensors file, float16, the config in the metadata."""
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -219,7 +237,7 @@ def save_base(model, path):
     os.replace(f"{path}.tmp", path)  # whoever reads `path` finds the old file or the new one, never half
 
 
-def load_base(path, kind="lm", outputs=0):
+def load_base(path: str | os.PathLike[str], kind: str = "lm", outputs: int = 0) -> Transformer:
     """A float32 Transformer with the weights of `path` and a new head. ValueError says what is wrong."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file (a base written by save_base)")
@@ -243,7 +261,7 @@ def load_base(path, kind="lm", outputs=0):
 # ------------------------------------------------- the same for ours and for Hugging Face's
 
 
-def logits(model, batch, positions=None):
+def logits(model: nn.Module, batch: dict[str, torch.Tensor], positions: torch.Tensor | None = None) -> torch.Tensor:
     """Logits of a batch (dict of tensors): (B, C), (B,), (B, T, 2), (B, T, V), as `Transformer.forward` says.
 
     Span logits are -inf at padding, so that a softmax over the tokens is the same however long the padding.
@@ -255,7 +273,7 @@ def logits(model, batch, positions=None):
     if getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = batch.get("token_type_ids")
     if getattr(model.config, "use_cache", False):
-        inputs["use_cache"] = False  # keys and values kept for a next call that never comes
+        inputs["use_cache"] = False  # type: ignore[assignment]  # keys and values kept for a next call that never comes
     if isinstance(getattr(model, "_orig_mod", model), Transformer):  # _orig_mod: under torch.compile
         y = model(**inputs, positions=positions)
         span = model.kind == "span"
@@ -273,7 +291,9 @@ def logits(model, batch, positions=None):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new, stop_id, drafts=None):
+def generate(
+    model: nn.Module, prompts: Sequence[list[int]], max_new: int, stop_id: int, drafts: Sequence[list[int]] | None = None
+) -> list[list[int]]:
     """Greedy continuations of `prompts` (lists of ids, of any lengths): lists of new ids, without `stop_id`.
 
     For a causal language model in eval mode; a Hugging Face model's own `generate` does it for that. `drafts`, lists of
@@ -312,7 +332,7 @@ def generate(model, prompts, max_new, stop_id, drafts=None):
     return [cut(ids[:max_new], stop_id) for ids in new]
 
 
-def transformers_generate(model, prompts, max_new, stop_id):
+def transformers_generate(model: nn.Module, prompts: Sequence[list[int]], max_new: int, stop_id: int) -> list[list[int]]:
     """The same by a Hugging Face model's `generate`: greedy whatever its checkpoint's settings, padding on the left."""
     if not prompts or not max_new:
         return [[] for _ in prompts]
@@ -324,11 +344,11 @@ def transformers_generate(model, prompts, max_new, stop_id):
     return [cut(row[width:], stop_id) for row in found.tolist()]
 
 
-def cut(ids, stop_id):
+def cut(ids: list[int], stop_id: int) -> list[int]:
     return ids[: ids.index(stop_id)] if stop_id in ids else ids
 
 
-def default_targets(model):
+def default_targets(model: nn.Module) -> list[str]:
     """Full dotted names of every nn.Linear in the transformer blocks, that is, inside an nn.ModuleList.
 
     A layer of one output or one input (Qwen2-MoE's shared_expert_gate) is left out, with a warning: an update of
@@ -342,7 +362,7 @@ def default_targets(model):
     return wide
 
 
-def head_modules(model):
+def head_modules(model: nn.Module) -> list[str]:
     """Names of the model's parts that belong to the task: trained with every method, saved with the adapter.
 
     These are the children of the model with an nn.Linear in them that hold no blocks (no nn.ModuleList) and

@@ -16,6 +16,7 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ from harness.settings import Parser, count, in_words, number
 from reading import files
 
 
-def read(task, source):
+def read(task: data.Task, source: str) -> list[data.Example]:
     """Examples of `source`, labels where it has them."""
     if source != "-":
         return data.load(task, source, "test")
@@ -46,13 +47,13 @@ def read(task, source):
     return examples
 
 
-def texts_of(example):
+def texts_of(example: data.Example) -> dict[str, str]:
     """{"text": ..}, of a pair {"text1": .., "text2": ..}; of a chat, line by line, the words of its turns."""
     parts = example.text if isinstance(example.text[0], str) else ["\n".join(words for _, words in example.text)]
     return {"text" + str(i) * (len(parts) > 1): part for i, part in enumerate(parts, 1)}
 
 
-def rows_of(task, examples, found, text=False):
+def rows_of(task: data.Task, examples: Sequence[data.Example], found: dict, text: bool = False) -> Iterator[dict]:
     """One dict per example: id, its text if asked, prediction in words, and a probability for each class or for the span."""
     for example, answer, p in zip(examples, found["answers"], found["probabilities"]):
         row = {"id": example.id} | (texts_of(example) if text else {})
@@ -64,7 +65,7 @@ def rows_of(task, examples, found, text=False):
         yield row
 
 
-def write_texts(run, features, args):
+def write_texts(run: Run, features: Sequence[dict], args: argparse.Namespace) -> dict:
     """The texts that a language model writes behind each prompt, one after the other, shown as they come on a terminal."""
     pick, texts = generation.sampler(args.temperature, args.top_p, args.seed), []
     for row in tqdm(features, "writing", leave=False, disable=sys.stdout.isatty() or None):
@@ -82,7 +83,7 @@ def write_texts(run, features, args):
     return {"answers": texts, "probabilities": [None] * len(texts)}
 
 
-def show(task, examples, found, args):
+def show(task: data.Task, examples: Sequence[data.Example], found: dict, args: argparse.Namespace) -> None:
     """The rows on standard output."""
     writer = None
     for row in rows_of(task, examples, found, args.text):
@@ -95,7 +96,7 @@ def show(task, examples, found, args):
         writer.writerow(row)
 
 
-def remark(run, examples, features):
+def remark(run: Run, examples: Sequence[data.Example], features: Sequence[dict]) -> None:
     """Empty texts and texts that were cut, counted, on standard error."""
     empty, cut = data.empty(examples), sum(row["cut"] for row in features)
     if empty:
@@ -105,7 +106,7 @@ def remark(run, examples, features):
               "cut", file=sys.stderr)  # fmt: skip
 
 
-def predict(args):
+def predict(args: argparse.Namespace) -> None:
     run = Run.open(args.run, args.device, args.force)
     if run.settings.threads:
         torch.set_num_threads(run.settings.threads)
@@ -135,7 +136,7 @@ def predict(args):
     sys.stdout.flush()  # a closed pipe is noticed here
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder")
     parser.add_argument("file", help="a file, or - for standard input")

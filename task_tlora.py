@@ -31,6 +31,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -55,7 +56,7 @@ class Allocation:
 class TaskTLoRALinear(nn.Module):
     """A frozen nn.Linear with the update s_i B A. Input (..., n), output (..., m)."""
 
-    def __init__(self, base, allocation, train_a, dropout):
+    def __init__(self, base: nn.Linear, allocation: Allocation, train_a: bool, dropout: float):
         super().__init__()
         m, n = base.weight.shape
         rank = allocation.rank
@@ -77,7 +78,7 @@ class TaskTLoRALinear(nn.Module):
 
     # Some models look at their layers (T5 asks for wo.weight.dtype), a few compute with the weight themselves.
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         self.weight_read = True
         return self.base.weight
 
@@ -86,20 +87,20 @@ class TaskTLoRALinear(nn.Module):
     out_features = property(lambda self: self.base.out_features)
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         return self.A.shape[0]
 
     @property
-    def options(self):
+    def options(self) -> dict:
         """What `load` gives to __init__; the score behind the share is not kept."""
         allocation = {"rank": self.rank, "scaling": self.scaling, "share": self.share.item()}
         return {"allocation": allocation, "train_a": "A" in self._parameters, "dropout": self.dropout}
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P (m, r), Q (r, n) with dW = P @ Q, the scaling absorbed in P."""
         return self.scaling * self.B, self.A
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.__dict__["called"] = True  # nn.Module's own way to set it takes a hundred times as long
         x = input  # (..., n), under nn.Linear's name for it: some callers use keywords
         h = F.dropout(x, self.dropout, self.training)  # (..., n)
@@ -115,10 +116,10 @@ class TaskTLoRALinear(nn.Module):
 
     # The scaling is a Python float: a buffer would be rounded by .to(torch.bfloat16). These two, which
     # state_dict and load_state_dict call, keep it with the weights, in float64.
-    def get_extra_state(self):
+    def get_extra_state(self) -> torch.Tensor:
         return torch.tensor(self.scaling, dtype=torch.float64)
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: torch.Tensor) -> None:
         self.scaling = state.item()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -134,13 +135,13 @@ class TaskTLoRALinear(nn.Module):
 # ---------------------------------------------------------------- what the samples tell
 
 
-def sensitivity(weight, gradient):
+def sensitivity(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Eq. 5: S(W) = mean of |w dL/dw| over the entries of W (m, n). Float32 at least; a 0-dim tensor."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(dtype) * gradient.to(dtype)).abs().mean()
 
 
-def covariance(X, center=False):
+def covariance(X: torch.Tensor, center: bool = False) -> torch.Tensor:
     """X^T X (n, n) of a layer's input X (..., n), summed over the tokens, in float32 at least.
 
     Uncentred, as Algorithm 1 writes it; Eq. 8 says Cov: `center` subtracts the mean of the tokens.
@@ -153,7 +154,7 @@ def covariance(X, center=False):
 
 
 @contextlib.contextmanager
-def only_looking(model):
+def only_looking(model: nn.Module) -> Iterator[list]:
     """Eval mode, nothing trains. Gives a list for hooks; afterwards they are gone and all is as it was."""
     modes = {module: module.training for module in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}
@@ -170,13 +171,13 @@ def only_looking(model):
             module.training = mode
 
 
-def on_input(linear, see):
+def on_input(linear: nn.Linear, see: Callable[[torch.Tensor], None]) -> torch.utils.hooks.RemovableHandle:
     """A hook that calls see(X) with the layer's input X (..., n) whenever the layer runs."""
     take = lambda linear, args, named: see(args[0] if args else named["input"])  # noqa: E731
     return linear.register_forward_pre_hook(take, with_kwargs=True)
 
 
-def check_loss(loss, count):
+def check_loss(loss: object, count: int) -> None:
     """ValueError if what loss_fn gave for sample `count` is no finite scalar."""
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
@@ -185,7 +186,9 @@ def check_loss(loss, count):
         raise ValueError(f"the loss of calibration sample {count} is {loss.item()}")
 
 
-def see_gradients(model, linears, batches, loss_fn):
+def see_gradients(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Iterable, loss_fn: Callable[..., torch.Tensor]
+) -> tuple[list[float], list]:
     """Algorithm 1's S: the list of S_i, from one forward and backward pass per batch, and the batches as a list.
 
     A layer that no batch runs has S_i = 0. One that runs and can get no gradient is an error, not a zero.
@@ -233,7 +236,9 @@ def see_gradients(model, linears, batches, loss_fn):
 
 
 @torch.no_grad()
-def see_inputs(model, linears, batches, loss_fn, center):
+def see_inputs(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence, loss_fn: Callable[..., torch.Tensor], center: bool
+) -> dict[str, torch.Tensor]:
     """Algorithm 1's C: {name: C_i (n, n)}, each where its layer computes, from forward passes alone.
 
     Apart from the gradients, because a forward pass per group of layers costs less than holding all C at
@@ -258,7 +263,7 @@ def see_inputs(model, linears, batches, loss_fn, center):
     return covariances
 
 
-def in_parts(linears, memory):
+def in_parts(linears: Mapping[str, nn.Linear], memory: int) -> Iterator[dict[str, nn.Linear]]:
     """`linears` in consecutive dicts, each as long as its C take at most `memory` bytes; one layer at least."""
     part, size = {}, 0
     for name, linear in linears.items():
@@ -275,7 +280,7 @@ def in_parts(linears, memory):
 # ------------------------------------------------------------------- ranks and scalings
 
 
-def shares(scores):
+def shares(scores: Sequence[float]) -> list[float]:
     """p_i = S_i / sum_j S_j as a list; all equal if every score is zero."""
     largest = max(scores)
     scores = [S / largest if largest else 1.0 for S in scores]  # huge ones have no sum in floats
@@ -283,7 +288,7 @@ def shares(scores):
     return [S / total for S in scores]
 
 
-def allocate_ranks(scores, budget, caps):
+def allocate_ranks(scores: Sequence[float], budget: int, caps: Sequence[int]) -> list[int]:
     """Eq. 6: r_i = round(R_total p_i) as a list, with 0 <= r_i <= caps[i] and sum r_i = R_total = `budget`.
 
     Rounding each alone breaks the budget: the largest remainders are rounded up, as many as it takes
@@ -310,7 +315,7 @@ def allocate_ranks(scores, budget, caps):
     return ranks
 
 
-def scalings(scores, ranks, rank, alpha, adapt_scale=True):
+def scalings(scores: Sequence[float], ranks: Sequence[int], rank: int, alpha: float, adapt_scale: bool = True) -> list[float]:
     """s_i = alpha_i / r_i as a list.
 
     Eq. 7: alpha_i = r_i (alpha_total / r_init) p_i with alpha_total = L alpha, so s_i = L (alpha / rank) p_i.
@@ -325,12 +330,12 @@ def scalings(scores, ranks, rank, alpha, adapt_scale=True):
 # ---------------------------------------------------------------------------- what A is
 
 
-def exact_vectors(M, r):
+def exact_vectors(M: torch.Tensor, r: int) -> torch.Tensor:
     """The first r right singular vectors of M (m, n), as rows (r, n)."""
     return torch.linalg.svd(M, full_matrices=False).Vh[:r]
 
 
-def fast_vectors(M, r):
+def fast_vectors(M: torch.Tensor, r: int) -> torch.Tensor:
     """The same space without the full SVD, where that is the faster way; otherwise by the full SVD.
 
     (Block Krylov, Musco & Musco 2015, arXiv 1504.05477.) `width` random columns are multiplied by
@@ -353,19 +358,19 @@ def fast_vectors(M, r):
     return exact_vectors(M @ Q, r) @ Q.mT
 
 
-def in_float64(T):
+def in_float64(T: torch.Tensor) -> torch.Tensor:
     """T in float64, because C squares the spread of the activations' scales. On the CPU or on CUDA: MPS has none."""
     return (T if T.is_cuda else T.cpu()).double()
 
 
-def square_roots(C, eps=1e-6):
+def square_roots(C: torch.Tensor, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
     """(C + eps I)^(1/2) and its inverse, both (n, n). eps is absolute, as in Appendix A."""
     values, vectors = torch.linalg.eigh(C)
     root = (values.clamp_min(0) + eps).sqrt()  # C has no negative ones, but rounding has
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
-def init_A(W, C, r, init="wc", svd="fast"):
+def init_A(W: torch.Tensor, C: torch.Tensor, r: int, init: str = "wc", svd: str = "fast") -> torch.Tensor:
     """A (r, n) from W (m, n) and C (n, n). Its rows are orthonormal, except with "theory".
 
     wc      Eq. 4: A = V_r^T of W C. The method.
@@ -387,11 +392,11 @@ def init_A(W, C, r, init="wc", svd="fast"):
 
 
 def calibrate(
-    model,
-    targets,
-    batches,
-    loss_fn,
-    exclude=(),
+    model: nn.Module,
+    targets: Sequence[str],
+    batches: Iterable,
+    loss_fn: Callable[..., torch.Tensor],
+    exclude: Sequence[str] = (),
     *,
     rank: int = 8,
     alpha: float = 16.0,
@@ -404,7 +409,7 @@ def calibrate(
     spectrum=True,
     memory=2**31,
     progress=iter,
-):
+) -> dict[str, Allocation]:
     """Algorithm 1: look at the task, return the plan {layer name: Allocation} for `inject`.
 
     `batches` yields batches of one example each (wrap it in tqdm for a progress bar; fewer than `samples`
@@ -451,7 +456,7 @@ def calibrate(
     return plan
 
 
-def complete(given, W, C, init, svd, spectrum):
+def complete(given: Allocation, W: torch.Tensor, C: torch.Tensor, init: str, svd: str, spectrum: bool) -> None:
     """Put A and, if asked for, the spectrum into the Allocation `given`, from W (m, n) and C (n, n)."""
     W, C = in_float64(W), in_float64(C)
     if given.rank and init != "random":
@@ -460,7 +465,7 @@ def complete(given, W, C, init, svd, spectrum):
         given.spectrum = tuple(torch.linalg.eigvalsh(C).clamp_min(0).flip(0).tolist())
 
 
-def check_plan(plan, linears):
+def check_plan(plan: Mapping[str, Allocation], linears: Mapping[str, nn.Linear]) -> None:
     """ValueError if a plan is not for these layers, or a rank or an A of it does not fit its layer."""
     if set(plan) != set(linears):
         raise ValueError(f"the plan is for other layers: {', '.join(sorted(set(plan) ^ set(linears)))}")
@@ -473,16 +478,16 @@ def check_plan(plan, linears):
 
 
 def inject(
-    model,
-    targets,
-    exclude=(),
+    model: nn.Module,
+    targets: Sequence[str],
+    exclude: Sequence[str] = (),
     *,
     plan=None,
     rank: int = 8,
     alpha: float = 16.0,
     train_a: bool = False,
     dropout: float = 0.0,
-):
+) -> list[str]:
     """Freeze `model` and wrap every nn.Linear whose dotted name ends in one of `targets`.
 
     A target that is a layer's full name means that layer alone; `exclude` names, in the same words, layers
@@ -517,14 +522,14 @@ def inject(
     return names
 
 
-def param_groups(model, lr, weight_decay):
+def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """Groups for torch.optim.AdamW: whatever is trainable (B, A with train_a, the task head), one rate, one decay."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
 
 
 @torch.no_grad()
-def merge(model):
+def merge(model: nn.Module) -> list[str]:
     """Fold dW into W0 and give the plain nn.Linear back; returns the names merged.
 
     Summed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped,
@@ -541,7 +546,7 @@ def merge(model):
     return list(wrapped)
 
 
-def save(model, path):
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter alone: all that is trained (the task head too), what was drawn, and how to wrap it again.
 
     safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
@@ -556,7 +561,7 @@ def save(model, path):
     write_adapter(path, trained | own, {"method": "task_tlora", "layers": options, "trained": list(trained)})
 
 
-def load(model, path):
+def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Wrap the layers of a base model as those of the saved one were, and fill them; returns their names.
 
     The model is ready for more training or for `merge`. Build the optimizer afterwards. ValueError, before
@@ -572,7 +577,7 @@ def load(model, path):
     return list(layers)
 
 
-def watch(model):
+def watch(model: nn.Module) -> dict[str, dict[str, float]]:
     """{quantity: {layer name: number}}, what is worth seeing after a run; none changes during it."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, TaskTLoRALinear)}
     return {
@@ -582,7 +587,7 @@ def watch(model):
     }
 
 
-def describe(plan):
+def describe(plan: Mapping[str, Allocation]) -> dict[str, dict]:
     """{layer name: {quantity: number or list}} for a JSON file: all of the plan but A, rank 0 included."""
     keys = ("rank", "scaling", "score", "share", "spectrum")
     return {name: {key: getattr(allocation, key) for key in keys} for name, allocation in plan.items()}
@@ -591,7 +596,7 @@ def describe(plan):
 # ------------------------------------- walking the modules, and files (the same in every file)
 
 
-def find_linears(model, targets, exclude=()):
+def find_linears(model: nn.Module, targets: Collection[str], exclude: Collection[str] = ()) -> dict[str, nn.Linear]:
     """{dotted name: nn.Linear} for the layers that `targets` name and `exclude` does not. ValueError as `inject` says."""
     modules = dict(model.named_modules())
     adapted = [name for name, m in modules.items() if hasattr(m, "factors")]
@@ -624,7 +629,7 @@ def find_linears(model, targets, exclude=()):
     return {name: linear for name, linear in linears.items() if name in found}
 
 
-def match(linears, words, option):
+def match(linears: Collection[str], words: Collection[str], option: str) -> set[str]:
     """The set of names that end in one of `words`; a word that is a layer's full name means that layer alone."""
     found = set()
     for word in [words] if isinstance(words, str) else words:
@@ -636,7 +641,7 @@ def match(linears, words, option):
     return found
 
 
-def experts_share(modules):
+def experts_share(modules: Mapping[str, nn.Module]) -> float:
     """Which share of the numbers in the blocks (what is inside an nn.ModuleList) stands in 3-D parameters.
 
     Mixtral and Qwen-MoE keep their experts so, as one parameter (experts, m, n). Convolutions are 3-D as well.
@@ -650,13 +655,13 @@ def experts_share(modules):
     return numbers[True] / max(sum(numbers.values()), 1)
 
 
-def replace(model, name, module):
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the dotted `name` points to."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def at_least_float32(move):
+def at_least_float32(move: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """`move`, what .to(), .half(), .cuda() and the like do to a tensor, but that nothing gets narrower than float32."""
 
     def moved(t):
@@ -667,7 +672,7 @@ def at_least_float32(move):
     return moved
 
 
-def check_called(layers):
+def check_called(layers: Mapping[str, nn.Module]) -> None:
     """ValueError if the model computes with a layer's weight (Mamba's dt_proj) instead of calling the layer.
 
     The layer's update has no part in what such a model computes. Nothing is known before the first forward pass.
@@ -681,7 +686,7 @@ def check_called(layers):
                 )
 
 
-def write_adapter(path, tensors, metadata):
+def write_adapter(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict) -> None:
     """One file, as safetensors if that is installed, else as torch's. A temporary name first: a kill leaves no half."""
     # Copies: safetensors refuses parameters that share memory.
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
@@ -698,7 +703,7 @@ def write_adapter(path, tensors, metadata):
     os.replace(temporary, path)
 
 
-def read_adapter(path, method):
+def read_adapter(path: str | os.PathLike[str], method: str) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, metadata) of a file of `write_adapter`; no code in it is run. ValueError if it is not `method`'s."""
     try:
         with open(path, "rb") as f:
@@ -721,7 +726,7 @@ def read_adapter(path, method):
     return tensors, metadata
 
 
-def find_saved(model, path, names):
+def find_saved(model: nn.Module, path: str | os.PathLike[str], names: Collection[str]) -> dict[str, nn.Linear]:
     """{name: nn.Linear} for the layers `names` of an adapter file. ValueError if the model lacks one."""
     modules = dict(model.named_modules())
     for name in names:
@@ -733,7 +738,13 @@ def find_saved(model, path, names):
     return linears
 
 
-def place_saved(model, path, layers, tensors, trained):
+def place_saved(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    layers: Mapping[str, nn.Module],
+    tensors: dict[str, torch.Tensor],
+    trained: Collection[str],
+) -> None:
     """Put the new `layers` into the model, then `tensors` into both. ValueError before anything of the model changes."""
     have = dict(model.named_parameters())
     for name, layer in layers.items():
@@ -750,7 +761,7 @@ def place_saved(model, path, layers, tensors, trained):
         p.requires_grad_(name in trained)
 
 
-def own_state(layer):
+def own_state(layer: nn.Module) -> dict[str, torch.Tensor]:
     """What an adapted layer holds beside its base: {name: tensor}, parameters and buffers."""
     return {key: t for key, t in layer.state_dict().items() if not key.startswith("base.")}
 
@@ -758,7 +769,7 @@ def own_state(layer):
 # ------------------------------------- for analysis only: why this A (Appendices A and B)
 
 
-def objective(A, C, delta):
+def objective(A: torch.Tensor, C: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """Eq. 9: J(A) = Tr[A C D^T D C A^T (A C A^T)^-1], D (m, n) the ideal update. A 0-dim tensor.
 
     What B can reach with A frozen: the larger, the less is lost (Eq. 8). Where A C A^T is singular
@@ -768,29 +779,29 @@ def objective(A, C, delta):
     return torch.trace(DCA.mT @ DCA @ torch.linalg.pinv(A @ C @ A.mT, hermitian=True))
 
 
-def expected_loss(A, C, delta, noise=0.0):
+def expected_loss(A: torch.Tensor, C: torch.Tensor, delta: torch.Tensor, noise: float = 0.0) -> torch.Tensor:
     """Eq. 8: the mean squared error with the best B for this A. `noise` is d_out sigma^2."""
     return noise + torch.trace(delta @ C @ delta.mT) - objective(A, C, delta)
 
 
-def projector(A):
+def projector(A: torch.Tensor) -> torch.Tensor:
     """P = A^T (A A^T)^-1 A (n, n), onto the row space of A. Eq. 10: J(A) = Tr[P M], P of A C^(1/2)."""
     return torch.linalg.pinv(A) @ A
 
 
-def target_matrix(delta, C):
+def target_matrix(delta: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
     """M = (D C^(1/2))^T (D C^(1/2)) (n, n) of Eq. 10. The ideal update D is unknown before training:
     with W0 in its place this is Appendix A's proxy."""
     root, _ = square_roots(C, eps=0.0)
     return (delta @ root).mT @ (delta @ root)
 
 
-def upper_bound(M, r):
+def upper_bound(M: torch.Tensor, r: int) -> torch.Tensor:
     """Eq. 12: no A of rank r has a J(A) above the sum of the r largest eigenvalues of M."""
     return torch.linalg.eigvalsh(M)[-r:].sum()
 
 
-def subspace_similarity(U, V):
+def subspace_similarity(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     """Eqs. 15, 17: ||U^T V||_F^2 / r of the row spaces of U and V (r, n): 1 = equal, 0 = orthogonal."""
     U, V = torch.linalg.qr(U.mT).Q, torch.linalg.qr(V.mT).Q
     return (U.mT @ V).square().sum() / U.shape[1]
@@ -799,7 +810,7 @@ def subspace_similarity(U, V):
 # -------------------------------------------------------------------------- the demo
 
 
-def main():
+def main() -> None:
     def build():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 32))
@@ -821,7 +832,7 @@ def main():
     for (name, given), X in zip(plans["wc"].items(), (x, model[:2](x))):
         W, C = model.get_submodule(name).weight.detach().double(), covariance(X.detach()).double()
         bound = upper_bound(target_matrix(W, C), given.rank)
-        J = [objective(A.double(), C, W) / bound for A in (given.A, torch.randn(given.A.shape))]
+        J = [objective(A.double(), C, W) / bound for A in (given.A, torch.randn(given.A.shape))]  # type: ignore[union-attr]
         print(f"{name:5s} {given.share:11.3f} {given.rank:5d} {given.scaling:8.3f} {J[0]:13.3f} {J[1]:14.3f}")
     for init, plan in plans.items():
         student = build()

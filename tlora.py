@@ -22,6 +22,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 class TLoRALinear(nn.Module):
     """A frozen nn.Linear with the update alpha C B A. Input (..., n), output (..., m)."""
 
-    def __init__(self, base, rank, dropout):
+    def __init__(self, base: nn.Linear, rank: int, dropout: float):
         super().__init__()
         m, n = base.weight.shape
         # At least float32, whatever the base: a step of 1e-4 is rounded away beside a bfloat16 weight of 0.1.
@@ -52,7 +53,7 @@ class TLoRALinear(nn.Module):
 
     # Some models look at their layers (T5 asks for wo.weight.dtype), a few compute with the weight themselves.
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         self.weight_read = True
         return self.base.weight
 
@@ -61,15 +62,15 @@ class TLoRALinear(nn.Module):
     out_features = property(lambda self: self.base.out_features)
 
     @property
-    def options(self):
+    def options(self) -> dict:
         """What `load` gives to __init__."""
         return {"rank": self.A.shape[0], "dropout": self.dropout}
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P (m, r), Q (r, n) with dW = P @ Q, alpha and B absorbed in P: Q never changes."""
         return self.C @ (self.alpha * self.B), self.A
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.__dict__["called"] = True  # nn.Module's own way to set it takes a hundred times as long
         x = input  # (..., n), under nn.Linear's name for it: some callers use keywords
         h = F.linear(x, self.A.to(x.dtype))  # (..., r)
@@ -86,7 +87,7 @@ class TLoRALinear(nn.Module):
         return super()._apply(at_least_float32(fn), recurse=False)
 
 
-def dropout(h, p):
+def dropout(h: torch.Tensor, p: float) -> torch.Tensor:
     """Zeros with probability p, h / (1 - p) else. On CPUs it draws a bit an entry where torch's dropout draws a float."""
     if h.device.type != "cpu":
         return F.dropout(h, p)
@@ -97,7 +98,7 @@ def dropout(h, p):
     return h * keep.view(-1)[: h.numel()].view(h.shape) * scale  # backward keeps a byte an entry
 
 
-def draw_bits(count, p, device):
+def draw_bits(count: int, p: float, device: torch.device) -> tuple[torch.Tensor, float]:
     """`count` random bits in words of 64, each 0 with probability p (1/256 to 255/256), and the factor 1 / (1 - p).
 
     With 1 - p = 0.b1 b2 .. in binary and w a fair bit, a bit is 1 with that probability if it is (w or rest) where b1 = 1
@@ -109,14 +110,14 @@ def draw_bits(count, p, device):
         if digit or bits is not None:
             fair = torch.randint(-(2**63), 2**63 - 1, (-(-count // 64),), device=device)
             bits = fair if bits is None else fair | bits if digit else fair & bits
-    return bits, 256 / keep
+    return bits, 256 / keep  # type: ignore[return-value]
 
 
 # -------------------------------------------------------------- what the paper looks at
 
 
 @torch.no_grad()
-def cosine_similarity(update1, update2):
+def cosine_similarity(update1: Sequence[torch.Tensor], update2: Sequence[torch.Tensor]) -> float:
     """Cosine of the angle between two updates dW = P Q of one layer, each given as its factors (P, Q).
 
     <P1 Q1, P2 Q2> is the sum over (P1^T P2) * (Q1 Q2^T), so dW is never formed. nan if an update is
@@ -135,7 +136,9 @@ def cosine_similarity(update1, update2):
 # ------------------------------------------------------------------------- the verbs
 
 
-def inject(model, targets, exclude=(), *, rank: int = 32, dropout: float = 0.5):
+def inject(
+    model: nn.Module, targets: Sequence[str], exclude: Sequence[str] = (), *, rank: int = 32, dropout: float = 0.5
+) -> list[str]:
     """Freeze `model` and wrap every nn.Linear whose dotted name ends in one of `targets`.
 
     A target that is a layer's full name means that layer alone; `exclude` names, in the same words, layers
@@ -161,14 +164,14 @@ def inject(model, targets, exclude=(), *, rank: int = 32, dropout: float = 0.5):
     return list(linears)
 
 
-def param_groups(model, lr, weight_decay):
+def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """Groups for torch.optim.AdamW: whatever is trainable (B, alpha, the task head), one rate, one decay."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
 
 
 @torch.no_grad()
-def watch(model):
+def watch(model: nn.Module) -> dict[str, dict[str, float]]:
     """{quantity: {layer name: number}}, what is worth seeing during and after a run.
 
     alpha; B_norm, the Frobenius norm of B; A_spectral, B_spectral, C_spectral, the largest singular
@@ -191,7 +194,7 @@ def watch(model):
 
 
 @torch.no_grad()
-def merge(model):
+def merge(model: nn.Module) -> list[str]:
     """Fold dW into W0 and give the plain nn.Linear back; returns the names merged.
 
     Summed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped,
@@ -208,7 +211,7 @@ def merge(model):
     return list(wrapped)
 
 
-def save(model, path):
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter alone: all that is trained (the task head too), what was drawn, and how to wrap it again.
 
     safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
@@ -223,7 +226,7 @@ def save(model, path):
     write_adapter(path, trained | own, {"method": "tlora", "layers": options, "trained": list(trained)})
 
 
-def load(model, path):
+def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Wrap the layers of a base model as those of the saved one were, and fill them; returns their names.
 
     The model is ready for more training or for `merge`. Build the optimizer afterwards. ValueError, before
@@ -240,7 +243,7 @@ def load(model, path):
 # ------------------------------------- walking the modules, and files (the same in every file)
 
 
-def find_linears(model, targets, exclude=()):
+def find_linears(model: nn.Module, targets: Collection[str], exclude: Collection[str] = ()) -> dict[str, nn.Linear]:
     """{dotted name: nn.Linear} for the layers that `targets` name and `exclude` does not. ValueError as `inject` says."""
     modules = dict(model.named_modules())
     adapted = [name for name, m in modules.items() if hasattr(m, "factors")]
@@ -273,7 +276,7 @@ def find_linears(model, targets, exclude=()):
     return {name: linear for name, linear in linears.items() if name in found}
 
 
-def match(linears, words, option):
+def match(linears: Collection[str], words: Collection[str], option: str) -> set[str]:
     """The set of names that end in one of `words`; a word that is a layer's full name means that layer alone."""
     found = set()
     for word in [words] if isinstance(words, str) else words:
@@ -285,7 +288,7 @@ def match(linears, words, option):
     return found
 
 
-def experts_share(modules):
+def experts_share(modules: Mapping[str, nn.Module]) -> float:
     """Which share of the numbers in the blocks (what is inside an nn.ModuleList) stands in 3-D parameters.
 
     Mixtral and Qwen-MoE keep their experts so, as one parameter (experts, m, n). Convolutions are 3-D as well.
@@ -299,13 +302,13 @@ def experts_share(modules):
     return numbers[True] / max(sum(numbers.values()), 1)
 
 
-def replace(model, name, module):
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the dotted `name` points to."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def at_least_float32(move):
+def at_least_float32(move: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """`move`, what .to(), .half(), .cuda() and the like do to a tensor, but that nothing gets narrower than float32."""
 
     def moved(t):
@@ -316,7 +319,7 @@ def at_least_float32(move):
     return moved
 
 
-def check_called(layers):
+def check_called(layers: Mapping[str, nn.Module]) -> None:
     """ValueError if the model computes with a layer's weight (Mamba's dt_proj) instead of calling the layer.
 
     The layer's update has no part in what such a model computes. Nothing is known before the first forward pass.
@@ -330,7 +333,7 @@ def check_called(layers):
                 )
 
 
-def write_adapter(path, tensors, metadata):
+def write_adapter(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict) -> None:
     """One file, as safetensors if that is installed, else as torch's. A temporary name first: a kill leaves no half."""
     # Copies: safetensors refuses parameters that share memory.
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
@@ -347,7 +350,7 @@ def write_adapter(path, tensors, metadata):
     os.replace(temporary, path)
 
 
-def read_adapter(path, method):
+def read_adapter(path: str | os.PathLike[str], method: str) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, metadata) of a file of `write_adapter`; no code in it is run. ValueError if it is not `method`'s."""
     try:
         with open(path, "rb") as f:
@@ -370,7 +373,7 @@ def read_adapter(path, method):
     return tensors, metadata
 
 
-def find_saved(model, path, names):
+def find_saved(model: nn.Module, path: str | os.PathLike[str], names: Collection[str]) -> dict[str, nn.Linear]:
     """{name: nn.Linear} for the layers `names` of an adapter file. ValueError if the model lacks one."""
     modules = dict(model.named_modules())
     for name in names:
@@ -382,7 +385,13 @@ def find_saved(model, path, names):
     return linears
 
 
-def place_saved(model, path, layers, tensors, trained):
+def place_saved(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    layers: Mapping[str, nn.Module],
+    tensors: dict[str, torch.Tensor],
+    trained: Collection[str],
+) -> None:
     """Put the new `layers` into the model, then `tensors` into both. ValueError before anything of the model changes."""
     have = dict(model.named_parameters())
     for name, layer in layers.items():
@@ -399,7 +408,7 @@ def place_saved(model, path, layers, tensors, trained):
         p.requires_grad_(name in trained)
 
 
-def own_state(layer):
+def own_state(layer: nn.Module) -> dict[str, torch.Tensor]:
     """What an adapted layer holds beside its base: {name: tensor}, parameters and buffers."""
     return {key: t for key, t in layer.state_dict().items() if not key.startswith("base.")}
 
@@ -407,7 +416,7 @@ def own_state(layer):
 # -------------------------------------------------------------------------- the demo
 
 
-def main():
+def main() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 2))
     x = torch.randn(256, 64)

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 class TLoRAPlusLinear(nn.Module):
     """A frozen nn.Linear with the update C B A. Input (..., n), output (..., m)."""
 
-    def __init__(self, base, rank1, rank2, train, init_b, ratio):
+    def __init__(self, base: nn.Linear, rank1: int, rank2: int, train: str, init_b: str, ratio: float | str):
         super().__init__()
         m, n = base.weight.shape
         # At least float32, whatever the base: a step of 1e-4 is rounded away beside a bfloat16 weight of 0.1.
@@ -56,7 +57,7 @@ class TLoRAPlusLinear(nn.Module):
 
     # Some models look at their layers (T5 asks for wo.weight.dtype), a few compute with the weight themselves.
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         self.weight_read = True
         return self.base.weight
 
@@ -65,17 +66,17 @@ class TLoRAPlusLinear(nn.Module):
     out_features = property(lambda self: self.base.out_features)
 
     @property
-    def options(self):
+    def options(self) -> dict:
         """What `load` gives to __init__; B's start does not matter then."""
         train = "".join(letter for letter in "abc" if letter.upper() in self._parameters)
         r1, r2 = self.B.shape
         return {"rank1": r1, "rank2": r2, "train": train, "init_b": "zero", "ratio": self.ratio}
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P (m, r2), Q (r2, n) with dW = P @ Q, B absorbed in P."""
         return self.C @ self.B, self.A
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.__dict__["called"] = True  # nn.Module's own way to set it takes a hundred times as long
         x = input  # (..., n), under nn.Linear's name for it: some callers use keywords
         h = F.linear(x, self.A.to(x.dtype))  # (..., r2)
@@ -96,13 +97,15 @@ class TLoRAPlusLinear(nn.Module):
 # through C. So find out how much each does at learning rate 1; its rate is the inverse of that.
 
 
-def loss_change(gradient, rate):
+def loss_change(gradient: torch.Tensor, rate: float) -> torch.Tensor:
     """What one step of one matrix changes the loss by, to first order. A tensor of one number, <= 0."""
     step = -rate * gradient.sign()  # Eq. 4: Adam with beta1 = beta2 = 0 is sign descent
     return (gradient * step).sum()  # Eq. 3, which makes it -rate ||gradient||_1 (Eq. 5)
 
 
-def gradients(A, B, C, G):
+def gradients(
+    A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, G: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Eq. 6: the loss's gradients for A, B, C. G (m, n) = dL/dY X^T is the one W0 would have."""
     return (
         B.T @ C.T @ G,  # (r2, n)
@@ -111,7 +114,7 @@ def gradients(A, B, C, G):
     )
 
 
-def gradient_sizes(m, n, r1, r2, estimate):
+def gradient_sizes(m: int, n: int, r1: int, r2: int, estimate: str) -> tuple[float, float, float]:
     """How large one entry of each gradient is beside one entry of G, at the LeCun start.
 
     "paper" multiplies the sizes of the two matrices that each line of Eq. 6 puts around G, and leaves
@@ -128,13 +131,13 @@ def gradient_sizes(m, n, r1, r2, estimate):
     )
 
 
-def estimated_changes(m, n, r1, r2, estimate):
+def estimated_changes(m: int, n: int, r1: int, r2: int, estimate: str) -> tuple[float, float, float]:
     """How much A, B and C change the loss at learning rate 1: the number of entries times their size."""
     size_A, size_B, size_C = gradient_sizes(m, n, r1, r2, estimate)
     return r2 * n * size_A, r1 * r2 * size_B, m * r1 * size_C
 
 
-def rate_ratios(ratio, m, n, r1, r2):
+def rate_ratios(ratio: float | str, m: int, n: int, r1: int, r2: int) -> tuple[float, float, float]:
     """(1, eta_B / eta_A, eta_C / eta_A) for `ratio`: "paper", "summed" or a number lambda.
 
     "paper" and "summed" make the three loss changes of their estimate equal. For 768 x 768 and rank 8
@@ -153,10 +156,10 @@ def rate_ratios(ratio, m, n, r1, r2):
     if ratio in ("paper", "summed"):
         change_A, change_B, change_C = estimated_changes(m, n, r1, r2, ratio)
         return 1.0, change_A / change_B, change_A / change_C
-    return 1.0, ratio**1.5, ratio**0.5  # Eq. 8
+    return 1.0, ratio**1.5, ratio**0.5  # type: ignore[operator]  # Eq. 8
 
 
-def learning_rates(lr, ratio, m, n, r1, r2):
+def learning_rates(lr: float, ratio: float | str, m: int, n: int, r1: int, r2: int) -> dict[str, float]:
     """{"A": eta_A, "B": eta_B, "C": eta_C}. lr is eta_A for a number, eta_B for "paper" and "summed".
 
     (An eta_A of 1e-4 would make "paper" train B at 0.1 in a layer of 768.)
@@ -166,7 +169,7 @@ def learning_rates(lr, ratio, m, n, r1, r2):
     return {letter: lr * (r / anchor) for letter, r in zip("ABC", ratios)}
 
 
-def parse_ratio(ratio):
+def parse_ratio(ratio: float | str) -> float | str:
     """What `ratio` says: "paper", "summed" or a number. ValueError if it is none of these."""
     if ratio in ("paper", "summed"):
         return ratio
@@ -183,9 +186,9 @@ def parse_ratio(ratio):
 
 
 def inject(
-    model,
-    targets,
-    exclude=(),
+    model: nn.Module,
+    targets: Sequence[str],
+    exclude: Sequence[str] = (),
     *,
     rank: int = 8,
     rank1: int = 0,
@@ -193,7 +196,7 @@ def inject(
     train: Literal["abc", "ab", "bc", "b"] = "abc",
     init_b: Literal["zero", "lecun"] = "zero",
     ratio: str = "4",
-):
+) -> list[str]:
     """Freeze `model` and wrap every nn.Linear whose dotted name ends in one of `targets`.
 
     A target that is a layer's full name means that layer alone; `exclude` names, in the same words, layers
@@ -233,7 +236,7 @@ def inject(
     return list(linears)
 
 
-def param_groups(model, lr, weight_decay):
+def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """Groups for torch.optim.AdamW: A's, B's and C's by learning rate; the task head at lr; one decay.
 
     AdamW's decay is lr * weight_decay, so it follows each group's rate.
@@ -253,7 +256,7 @@ def param_groups(model, lr, weight_decay):
 
 
 @torch.no_grad()
-def merge(model):
+def merge(model: nn.Module) -> list[str]:
     """Fold dW into W0 and give the plain nn.Linear back; returns the names merged.
 
     Summed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped,
@@ -270,7 +273,7 @@ def merge(model):
     return list(wrapped)
 
 
-def save(model, path):
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter alone: all that is trained (the task head too), what was drawn, and how to wrap it again.
 
     safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
@@ -285,7 +288,7 @@ def save(model, path):
     write_adapter(path, trained | own, {"method": "tlora_plus", "layers": options, "trained": list(trained)})
 
 
-def load(model, path):
+def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Wrap the layers of a base model as those of the saved one were, and fill them; returns their names.
 
     The model is ready for more training or for `merge`. Build the optimizer afterwards. ValueError, before
@@ -302,7 +305,7 @@ def load(model, path):
 # ------------------------------------- walking the modules, and files (the same in every file)
 
 
-def find_linears(model, targets, exclude=()):
+def find_linears(model: nn.Module, targets: Collection[str], exclude: Collection[str] = ()) -> dict[str, nn.Linear]:
     """{dotted name: nn.Linear} for the layers that `targets` name and `exclude` does not. ValueError as `inject` says."""
     modules = dict(model.named_modules())
     adapted = [name for name, m in modules.items() if hasattr(m, "factors")]
@@ -335,7 +338,7 @@ def find_linears(model, targets, exclude=()):
     return {name: linear for name, linear in linears.items() if name in found}
 
 
-def match(linears, words, option):
+def match(linears: Collection[str], words: Collection[str], option: str) -> set[str]:
     """The set of names that end in one of `words`; a word that is a layer's full name means that layer alone."""
     found = set()
     for word in [words] if isinstance(words, str) else words:
@@ -347,7 +350,7 @@ def match(linears, words, option):
     return found
 
 
-def experts_share(modules):
+def experts_share(modules: Mapping[str, nn.Module]) -> float:
     """Which share of the numbers in the blocks (what is inside an nn.ModuleList) stands in 3-D parameters.
 
     Mixtral and Qwen-MoE keep their experts so, as one parameter (experts, m, n). Convolutions are 3-D as well.
@@ -361,13 +364,13 @@ def experts_share(modules):
     return numbers[True] / max(sum(numbers.values()), 1)
 
 
-def replace(model, name, module):
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the dotted `name` points to."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def at_least_float32(move):
+def at_least_float32(move: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """`move`, what .to(), .half(), .cuda() and the like do to a tensor, but that nothing gets narrower than float32."""
 
     def moved(t):
@@ -378,7 +381,7 @@ def at_least_float32(move):
     return moved
 
 
-def check_called(layers):
+def check_called(layers: Mapping[str, nn.Module]) -> None:
     """ValueError if the model computes with a layer's weight (Mamba's dt_proj) instead of calling the layer.
 
     The layer's update has no part in what such a model computes. Nothing is known before the first forward pass.
@@ -392,7 +395,7 @@ def check_called(layers):
                 )
 
 
-def write_adapter(path, tensors, metadata):
+def write_adapter(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict) -> None:
     """One file, as safetensors if that is installed, else as torch's. A temporary name first: a kill leaves no half."""
     # Copies: safetensors refuses parameters that share memory.
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
@@ -409,7 +412,7 @@ def write_adapter(path, tensors, metadata):
     os.replace(temporary, path)
 
 
-def read_adapter(path, method):
+def read_adapter(path: str | os.PathLike[str], method: str) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, metadata) of a file of `write_adapter`; no code in it is run. ValueError if it is not `method`'s."""
     try:
         with open(path, "rb") as f:
@@ -432,7 +435,7 @@ def read_adapter(path, method):
     return tensors, metadata
 
 
-def find_saved(model, path, names):
+def find_saved(model: nn.Module, path: str | os.PathLike[str], names: Collection[str]) -> dict[str, nn.Linear]:
     """{name: nn.Linear} for the layers `names` of an adapter file. ValueError if the model lacks one."""
     modules = dict(model.named_modules())
     for name in names:
@@ -444,7 +447,13 @@ def find_saved(model, path, names):
     return linears
 
 
-def place_saved(model, path, layers, tensors, trained):
+def place_saved(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    layers: Mapping[str, nn.Module],
+    tensors: dict[str, torch.Tensor],
+    trained: Collection[str],
+) -> None:
     """Put the new `layers` into the model, then `tensors` into both. ValueError before anything of the model changes."""
     have = dict(model.named_parameters())
     for name, layer in layers.items():
@@ -461,7 +470,7 @@ def place_saved(model, path, layers, tensors, trained):
         p.requires_grad_(name in trained)
 
 
-def own_state(layer):
+def own_state(layer: nn.Module) -> dict[str, torch.Tensor]:
     """What an adapted layer holds beside its base: {name: tensor}, parameters and buffers."""
     return {key: t for key, t in layer.state_dict().items() if not key.startswith("base.")}
 
@@ -469,7 +478,7 @@ def own_state(layer):
 # -------------------------------------------------------------------------- the demo
 
 
-def main():
+def main() -> None:
     torch.manual_seed(0)
     m = n = 768
     r1 = r2 = 8

@@ -19,6 +19,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from tqdm import tqdm
@@ -38,7 +39,7 @@ TIMES = ("seconds", "tokens_per_s")
 # ------------------------------------------------------------------------- the loop
 
 
-def train(run, optimizer, progress, stop):
+def train(run: Run, optimizer: torch.optim.Optimizer, progress: folder.Progress, stop: Stop) -> None:
     """Batch, gradient, step, growth, evaluation, until the steps are done. FloatingPointError at a NaN or an infinity."""
     s, method = run.settings, run.method
     saver = folder.Saver(run, progress, optimizer)
@@ -78,7 +79,7 @@ def train(run, optimizer, progress, stop):
             tokens, clock = 0, time.perf_counter()
 
 
-def read(run, progress, unread, bar):
+def read(run: Run, progress: folder.Progress, unread: list[tuple[int, torch.Tensor]], bar: tqdm) -> None:
     """Keep the losses of the steps since the last reading. FloatingPointError at a NaN or an infinity, which names the step.
 
     On a GPU reading waits for everything it was asked to do, so it is done at the progress bar's pace.
@@ -87,18 +88,19 @@ def read(run, progress, unread, bar):
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss {loss} at step {step}")
         if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient of norm {norm} at step {step}{culprit(run.model) if step == unread[-1][0] else ''}")
+            where = culprit(run.model) if step == unread[-1][0] else ""
+            raise FloatingPointError(f"gradient of norm {norm} at step {step}{where}")
         progress.losses.append(loss)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     unread.clear()
 
 
-def due(run, step):
+def due(run: Run, step: int) -> bool:
     """Whether an evaluation follows the step."""
     return step % (run.settings.eval_every or run.steps_per_epoch) == 0 or step == run.total_steps
 
 
-def evaluated(run, progress, saver, stop, speed):
+def evaluated(run: Run, progress: folder.Progress, saver: folder.Saver, stop: Stop, speed: float | None) -> bool:
     """Evaluate if it is time to, keep the row and save; whether it was."""
     if not progress.losses or not due(run, progress.step):
         return False
@@ -123,13 +125,13 @@ def evaluated(run, progress, saver, stop, speed):
     return True
 
 
-def culprit(model):
+def culprit(model: torch.nn.Module) -> str:
     """The first parameter whose gradient is not finite, in words."""
     names = (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
     return f", in {name}" if (name := next(names, None)) else ""
 
 
-def steps(run, done):
+def steps(run: Run, done: int) -> Iterator[tuple[list[dict], Sequence[int], int, int, tqdm]]:
     """(batches of one optimizer step on the device, labels in each, labels and tokens of all processes, progress bar), in the
     seeded order of each epoch, after `done` steps. What stands in a batch is counted before a GPU has it: to ask it would
     be to wait for it."""
@@ -146,24 +148,24 @@ def steps(run, done):
             yield [to_device(batch, run.device) for batch in mine], labelled, sum(map(run.labelled, group)), tokens, bar
 
 
-def backward(run, batches, labelled, n):
+def backward(run: Run, batches: Sequence[dict], labelled: Sequence[int], n: int) -> torch.Tensor:
     """Add the gradient of the mean loss over all n labels of a step; returns these batches' part of that loss, on the device."""
     total = 0.0
     for batch, labels in zip(batches, labelled):
         part = labels / n * run.forward(batch)
         part.backward()
         total = total + part.detach()
-    return total
+    return total  # type: ignore[return-value]
 
 
-def grouped(items, size):
+def grouped(items: Iterable, size: int) -> Iterator[list]:
     """Lists of `size` items, the last one shorter."""
     items = iter(items)
     while group := list(itertools.islice(items, size)):
         yield group
 
 
-def rate(step, total, warmup, schedule):
+def rate(step: int, total: int, warmup: int, schedule: str) -> float:
     """The learning rate at optimizer step 0, 1, .. total - 1, as a share of its peak.
 
     Rises linearly over `warmup` steps, (step + 1) / warmup, then falls to 0 at `total`, or stays.
@@ -179,7 +181,7 @@ def rate(step, total, warmup, schedule):
 # ------------------------------------------------------------------------- before and after it
 
 
-def fine_tune(s, command, stop):
+def fine_tune(s, command: str, stop: Stop) -> dict:
     """Train as the settings ask and leave the run folder; returns the last evaluation."""
     if s.compare and not folder.read_run(s.compare)[0]["layers"]:  # now, not after the training
         raise ValueError(f"--compare {s.compare}: that run has no low-rank update")
@@ -189,7 +191,8 @@ def fine_tune(s, command, stop):
     run = Run.start(s, command)
     print(f"base    {run.base}, {run.count()[1]:,} numbers")
     print(f"task    {run.task.name} from {s.data or 'the generated world'}: {len(run.train):,} training rows, "
-          f"{len(run.dev):,} for development, {run.task.kind}" + (f" ({', '.join(run.task.labels)})" if run.task.labels else ""))
+          f"{len(run.dev):,} for development, {run.task.kind}"
+          + (f" ({', '.join(run.task.labels)})" if run.task.labels else ""))  # fmt: skip
     remark(run)
     state = folder.state_to_resume(run)
     if state is None:
@@ -221,7 +224,7 @@ def fine_tune(s, command, stop):
     return progress.history[-1]
 
 
-def groups_of(run):
+def groups_of(run: Run) -> list[dict]:
     """The method's parameter groups, with the task head's parameters in groups of their own, of --head-lr."""
     s, groups = run.settings, []
     heads = {p for name in modelling.head_modules(run.model) for p in run.model.get_submodule(name).parameters()}
@@ -232,14 +235,14 @@ def groups_of(run):
     return groups
 
 
-def remark(run):
+def remark(run: Run) -> None:
     """What one should know of the rows before waiting for a result."""
     s = run.settings
     if s.data and not (s.backbone or s.scratch):
         print("note    the tiny bases know their generated world only: on real text use --backbone")
     if s.data and len(run.dev) < 10:
         print(f"note    a development set of {len(run.dev)} says {'nothing' if len(run.dev) == 1 else 'little'}: "
-              "give more rows, or --dev FILE")
+              "give more rows, or --dev FILE")  # fmt: skip
     for name, rows in (("training", run.train), ("development", run.dev)):
         if n := data.empty(rows):
             print(f"empty   {n:,} of {len(rows):,} {name} rows have an empty text")
@@ -247,22 +250,23 @@ def remark(run):
         print(f"cut     {cut:,} of {len(run.train):,} training texts are longer than --max-length {s.max_length} tokens")
 
 
-def introduce(run, progress):
+def introduce(run: Run, progress: folder.Progress) -> None:
     """What is trained, where and how long, with the reason of every choice."""
     s, (trained, everything) = run.settings, run.count()
     where = f"{len(run.layers)} layers" if run.layers else "no layer wrapped"
     heads = [] if s.freeze_head else modelling.head_modules(run.model)
     print(f"method  {s.method}, {where}, head {', '.join(heads) or 'not trained'}: "
-          f"{trained:,} trained of {everything:,} ({100 * trained / everything:.2f} %)")
+          f"{trained:,} trained of {everything:,} ({100 * trained / everything:.2f} %)")  # fmt: skip
     print(f"device  {run.device} ({choose_device(s.device)[1]}), {s.precision}, {torch.get_num_threads()} threads"
-          + (f" in each of {parallel.count()} processes" if parallel.count() > 1 else ""))
+          + (f" in each of {parallel.count()} processes" if parallel.count() > 1 else ""))  # fmt: skip
     default, source = default_rate(s)
     source = source if s.lr == default else "as asked"
     print(f"steps   {run.total_steps:,} of {s.accumulate} x {s.batch_size} rows, lr {s.lr:g} ({source}; head {s.head_lr:g}) "
-          f"{s.schedule}, {run.warmup_steps} warm-up" + (f"; resumed after step {progress.step}" if progress.step else ""))
+          f"{s.schedule}, {run.warmup_steps} warm-up"
+          + (f"; resumed after step {progress.step}" if progress.step else ""))  # fmt: skip
 
 
-def line(row):
+def line(row: dict) -> str:
     """An evaluation as one line on screen."""
     skip = {"step", "epoch", "trained", *TIMES}
     parts = [f"epoch {row['epoch']:5.2f}  step {row['step']:5d}"]
@@ -272,7 +276,7 @@ def line(row):
     return "  ".join(parts) + f"  {row['tokens_per_s']:,} tokens/s"
 
 
-def show(run, progress):
+def show(run: Run, progress: folder.Progress) -> None:
     """Figures, exports and the result."""
     s, last = run.settings, progress.history[-1]
     other = (s.compare, compare(run)) if s.compare else None
@@ -292,10 +296,10 @@ def show(run, progress):
     best = (min if names[0] == "dev_loss" else max)(progress.history, key=lambda row: row[names[0]])
     print(", ".join(f"{name} {last[name]:.4f}" for name in names)
           + f" (best {names[0]} {best[names[0]]:.4f} at epoch {best['epoch']:.3g})"
-          + (f", rank total {last['rank_total']}" if "rank_total" in last else ""))
+          + (f", rank total {last['rank_total']}" if "rank_total" in last else ""))  # fmt: skip
 
 
-def compare(run):
+def compare(run: Run) -> dict[str, torch.Tensor]:
     """Cosine similarity of each layer's dW with that of another run on the same layers, printed and kept.
 
     Returns {layer: the other run's dW (m, n)}.
@@ -317,7 +321,7 @@ def compare(run):
     return updates
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     settings = parse(argv, description=__doc__.split("\n\n")[0])
     try:

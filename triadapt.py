@@ -58,6 +58,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -76,7 +77,7 @@ class TriAdaptLinear(nn.Module):
     only ever appends, to the parameter and to the optimizer's moments alike.
     """
 
-    def __init__(self, base, rank, alpha, dropout, growth):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, growth: dict):
         super().__init__()
         m, n = base.weight.shape
         # At least float32, whatever the base: a step of 1e-4 is rounded away beside a bfloat16 weight of 0.1.
@@ -93,13 +94,13 @@ class TriAdaptLinear(nn.Module):
         # The second term of Eq. 11: the normalised norm at the event before.
         self.register_buffer("reference", torch.zeros((), dtype=torch.float32, device=base.weight.device))
         if not base.weight.is_meta:  # where there are no numbers, only shapes to count
-            self.reference.fill_(self.normalised_norm())
+            self.reference.fill_(self.normalised_norm())  # type: ignore[has-type]
 
     called = weight_read = False  # `merge` looks at these
 
     # Some models look at their layers (T5 asks for wo.weight.dtype), a few compute with the weight themselves.
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         self.weight_read = True
         return self.base.weight
 
@@ -108,28 +109,28 @@ class TriAdaptLinear(nn.Module):
     out_features = property(lambda self: self.base.out_features)
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         return self.A.shape[0]
 
     @property
-    def scaling(self):
+    def scaling(self) -> float:
         return self.alpha / (self.rank + EPS)
 
     @property
-    def D(self):
+    def D(self) -> torch.Tensor:
         """The dense transformation matrix L + U, (r, r)."""
         return lower(self.L, self.rank) + lower(self.U, self.rank).T  # Eq. 4
 
     @property
-    def options(self):
+    def options(self) -> dict:
         """What `load` gives to __init__."""
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "growth": self.growth}
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P (m, r), Q (r, n) with dW = P @ Q, the scaling absorbed in P."""
         return self.scaling * self.B @ self.D, self.A
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.__dict__["called"] = True  # nn.Module's own way to set it takes a hundred times as long
         x = input  # (..., n), under nn.Linear's name for it: some callers use keywords
         h = F.dropout(x, self.dropout, self.training)  # (..., n)
@@ -144,11 +145,11 @@ class TriAdaptLinear(nn.Module):
             self.base._apply(fn)
         super()._apply(at_least_float32(fn), recurse=False)
         # Always float32: in float64 what has not changed would no longer score exactly zero.
-        self.rescale, self.reference = self.rescale.float(), self.reference.float()
+        self.rescale, self.reference = self.rescale.float(), self.reference.float()  # type: ignore[has-type]
         return self
 
     @torch.no_grad()
-    def normalised_norm(self):
+    def normalised_norm(self) -> float:
         """||L + U||_F over r, sqrt(r) or 1 (Table III): the quantity whose change is Eq. 11."""
         divisor = {"r": self.rank, "sqrt": math.sqrt(self.rank), "none": 1.0}[self.growth["normalise"]]
         # With preserve=True grown matrices carry a larger D for the same dW: take that out again.
@@ -156,7 +157,7 @@ class TriAdaptLinear(nn.Module):
         return (self.D.float().norm() / self.rescale / divisor).item()
 
     @torch.no_grad()
-    def grow(self, added):
+    def grow(self, added: int) -> list[tuple[nn.Parameter, nn.Parameter, int]]:
         """Eqs. 6-9: the rank rises by `added`. Returns [(old parameter, new one, dim it grew in)]."""
         r, (m, n) = self.rank, self.base.weight.shape
         A_aug = STD * torch.randn(added, n).to(self.A)
@@ -212,38 +213,38 @@ class TriAdaptLinear(nn.Module):
 # -------------------------------------------------- the method's mathematics, as pure functions
 
 
-def lower(packed, rank):
+def lower(packed: torch.Tensor, rank: int) -> torch.Tensor:
     """The lower triangular (rank, rank) matrix whose rows stand one after the other in `packed`."""
     i, j = torch.tril_indices(rank, rank, device=packed.device)
     return packed.new_zeros(rank, rank).index_put((i, j), packed)
 
 
-def orthogonality(A, B):
+def orthogonality(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """Eq. 10: ||A A^T - I||_F^2 + ||B^T B - I||_F^2 for A (r, n), B (m, r); summed over layers (.., r, n), (.., m, r).
 
     The paper prints A^T A, an (n, n) product of rank r that cannot be I. The (r, r) one is meant, as
     in AdaLoRA, which it cites.
     """
-    return sum(error.square().sum() for error in gram_errors(A, B))
+    return sum(error.square().sum() for error in gram_errors(A, B))  # type: ignore[return-value]
 
 
-def gram_errors(A, B):
+def gram_errors(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A A^T - I and B^T B - I, each (.., r, r), for A (.., r, n) and B (.., m, r)."""
     eye = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
     return A @ A.mT - eye, B.mT @ B - eye
 
 
-def budget_left(rank_ref, ranks):
+def budget_left(rank_ref: int, ranks: Sequence[int]) -> int:
     """Eq. 12: R = r_ref M - r M at the start, less dr k at each growth: r_ref M minus the ranks now."""
     return rank_ref * len(ranks) - sum(ranks)
 
 
-def event_steps(t0, interval, total):
+def event_steps(t0: int, interval: int, total: int) -> range:
     """The steps t at which ranks grow: t0 < t < T, every `interval`. What grew at T would never be trained."""
     return range(t0 + interval, total, interval)
 
 
-def matrices_to_grow(budget, t, t0, total, mode, fixed_k=None):
+def matrices_to_grow(budget: int, t: int, t0: int, total: int, mode: str, fixed_k: int | None = None) -> int:
     """k, how many matrices the threshold asks for at step t, at least 1 (Eqs. 13, 14).
 
     linear: ceil(R a), nonlinear: ceil(e^(a ln R)) = ceil(R^a), with a = (t - t0) / (total - t0).
@@ -254,10 +255,12 @@ def matrices_to_grow(budget, t, t0, total, mode, fixed_k=None):
         k = math.ceil(budget ** ((t - t0) / (total - t0)) - 1e-9)
     else:
         k = fixed_k
-    return max(k, 1)
+    return max(k, 1)  # type: ignore[return-value, type-var]
 
 
-def choose_growth(scores, ranks, limits, budget, k, delta):
+def choose_growth(
+    scores: Sequence[float], ranks: Sequence[int], limits: Sequence[int], budget: int, k: int, delta: int
+) -> list[tuple[int, int]]:
     """[(index, rank to add)] for the k matrices with the highest scores; ties in order.
 
     The formula can ask for more than there is: never more matrices than can grow, never more rank
@@ -272,7 +275,7 @@ def choose_growth(scores, ranks, limits, budget, k, delta):
     return [(i, min(delta, limits[i] - ranks[i])) for i in sorted(top)]
 
 
-def check_optimizer(optimizer, layers):
+def check_optimizer(optimizer: torch.optim.Optimizer, layers: Mapping[str, TriAdaptLinear]) -> None:
     """ValueError, before anything grows, if `optimizer` lacks one of the layers' matrices or cannot grow with it."""
     held = {p for group in optimizer.param_groups for p in group["params"]}
     for name, layer in layers.items():
@@ -293,7 +296,7 @@ def check_optimizer(optimizer, layers):
 
 
 @torch.no_grad()
-def extend_in_optimizer(optimizer, old, new, dim):
+def extend_in_optimizer(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, dim: int) -> None:
     """Put `new` in the place of `old`: the old entries keep their moments, the new ones start at zero.
 
     The step count is one per tensor and stays. So the first update of a new entry under Adam is the rate times
@@ -317,7 +320,7 @@ def extend_in_optimizer(optimizer, old, new, dim):
 
 
 def inject(
-    model,
+    model,  # no types for these three: `check_options` reads those that the signature has
     targets,
     exclude=(),
     *,
@@ -374,7 +377,7 @@ def inject(
 LEAST = {"delta": 1, "interval": 1, "fixed_k": 1, "t0": 0, "orth": 0}
 
 
-def check_options(options):
+def check_options(options: dict) -> dict:
     """{option: value}: what `inject` was given of the growth settings. Their kinds stand in its signature alone."""
     words = {int: "a whole number", float: "a finite number", bool: "True or False"}
     growth = {}
@@ -396,13 +399,13 @@ def check_options(options):
     return growth
 
 
-def param_groups(model, lr, weight_decay):
+def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """Groups for torch.optim.AdamW: whatever is trainable (A, B, L, U, the task head), one rate, one decay."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
 
 
-def wrapped_layers(model):
+def wrapped_layers(model: nn.Module) -> dict[str, TriAdaptLinear]:
     """{dotted name: TriAdaptLinear}, in the model's order. ValueError if there is none."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, TriAdaptLinear)}
     if not layers:
@@ -410,7 +413,7 @@ def wrapped_layers(model):
     return layers
 
 
-def penalty(model):
+def penalty(model: nn.Module) -> torch.Tensor:
     """The orthogonality term of the loss, a scalar: orth times Eq. 10 summed over layers, or its mean form.
 
     AdaLoRA's and IncreLoRA's code, where coefficients of 0.1-0.3 come from, takes the mean norm, which is
@@ -430,7 +433,7 @@ def penalty(model):
     return growth["orth"] * torch.cat(norms).mean()
 
 
-def after_step(model, optimizer, step, total):
+def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> dict | None:
     """Grow where and when the method says so; call it after each optimizer step, counted from 1.
 
     Returns None, or at an event {"grown": {name: new rank}, "scores": {name: S}, "budget": what is left}.
@@ -442,7 +445,9 @@ def after_step(model, optimizer, step, total):
     DistributedDataParallel does not know the new Parameters: give this its `module`, and wrap that anew at an event.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("DistributedDataParallel would not train what grows: give after_step its module, and at an event wrap that anew")
+        raise ValueError(
+            "DistributedDataParallel would not train what grows: give after_step its module, and at an event wrap that anew"
+        )
     layers = wrapped_layers(model)
     growth = next(iter(layers.values())).growth
     for name, value in (("step", step), ("total", total)):
@@ -486,27 +491,29 @@ def after_step(model, optimizer, step, total):
     }
 
 
-def several():
+def several() -> bool:
     """Whether this is one of several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def check_alike(value):
+def check_alike(value: tuple) -> None:
     """ValueError if another process has another `value`."""
     if several():
-        found = [None] * dist.get_world_size()
+        found: list = [None] * dist.get_world_size()
         dist.all_gather_object(found, value)
         if any(other != value for other in found):
-            raise ValueError("the processes have drifted apart: their scores or ranks differ (what an event grew must be wrapped anew)")
+            raise ValueError(
+                "the processes have drifted apart: their scores or ranks differ (what an event grew must be wrapped anew)"
+            )
 
 
-def share(parameter):
+def share(parameter: nn.Parameter) -> None:
     """Make a Parameter in every process what it is in the first."""
     if several():
         dist.broadcast(parameter.data, 0)
 
 
-def watch(model):
+def watch(model: nn.Module) -> dict[str, dict[str, float]]:
     """{quantity: {layer name: number}}, what is worth seeing during and after a run."""
     layers = wrapped_layers(model)
     return {
@@ -516,7 +523,7 @@ def watch(model):
 
 
 @torch.no_grad()
-def merge(model):
+def merge(model: nn.Module) -> list[str]:
     """Fold dW into W0 and give the plain nn.Linear back; returns the names merged.
 
     Summed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped,
@@ -533,7 +540,7 @@ def merge(model):
     return list(wrapped)
 
 
-def save(model, path):
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter alone: all that is trained (the task head too), what was drawn, and how to wrap it again.
 
     safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
@@ -548,7 +555,7 @@ def save(model, path):
     write_adapter(path, trained | own, {"method": "triadapt", "layers": options, "trained": list(trained)})
 
 
-def load(model, path):
+def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Wrap the layers of a base model as those of the saved one were, and fill them; returns their names.
 
     The model is ready for more training or for `merge`. Build the optimizer afterwards. ValueError, before
@@ -565,7 +572,7 @@ def load(model, path):
 # ------------------------------------- walking the modules, and files (the same in every file)
 
 
-def find_linears(model, targets, exclude=()):
+def find_linears(model: nn.Module, targets: Collection[str], exclude: Collection[str] = ()) -> dict[str, nn.Linear]:
     """{dotted name: nn.Linear} for the layers that `targets` name and `exclude` does not. ValueError as `inject` says."""
     modules = dict(model.named_modules())
     adapted = [name for name, m in modules.items() if hasattr(m, "factors")]
@@ -598,7 +605,7 @@ def find_linears(model, targets, exclude=()):
     return {name: linear for name, linear in linears.items() if name in found}
 
 
-def match(linears, words, option):
+def match(linears: Collection[str], words: Collection[str], option: str) -> set[str]:
     """The set of names that end in one of `words`; a word that is a layer's full name means that layer alone."""
     found = set()
     for word in [words] if isinstance(words, str) else words:
@@ -610,7 +617,7 @@ def match(linears, words, option):
     return found
 
 
-def experts_share(modules):
+def experts_share(modules: Mapping[str, nn.Module]) -> float:
     """Which share of the numbers in the blocks (what is inside an nn.ModuleList) stands in 3-D parameters.
 
     Mixtral and Qwen-MoE keep their experts so, as one parameter (experts, m, n). Convolutions are 3-D as well.
@@ -624,13 +631,13 @@ def experts_share(modules):
     return numbers[True] / max(sum(numbers.values()), 1)
 
 
-def replace(model, name, module):
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the dotted `name` points to."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def at_least_float32(move):
+def at_least_float32(move: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """`move`, what .to(), .half(), .cuda() and the like do to a tensor, but that nothing gets narrower than float32."""
 
     def moved(t):
@@ -641,7 +648,7 @@ def at_least_float32(move):
     return moved
 
 
-def check_called(layers):
+def check_called(layers: Mapping[str, nn.Module]) -> None:
     """ValueError if the model computes with a layer's weight (Mamba's dt_proj) instead of calling the layer.
 
     The layer's update has no part in what such a model computes. Nothing is known before the first forward pass.
@@ -655,7 +662,7 @@ def check_called(layers):
                 )
 
 
-def write_adapter(path, tensors, metadata):
+def write_adapter(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict) -> None:
     """One file, as safetensors if that is installed, else as torch's. A temporary name first: a kill leaves no half."""
     # Copies: safetensors refuses parameters that share memory.
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
@@ -672,7 +679,7 @@ def write_adapter(path, tensors, metadata):
     os.replace(temporary, path)
 
 
-def read_adapter(path, method):
+def read_adapter(path: str | os.PathLike[str], method: str) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, metadata) of a file of `write_adapter`; no code in it is run. ValueError if it is not `method`'s."""
     try:
         with open(path, "rb") as f:
@@ -695,7 +702,7 @@ def read_adapter(path, method):
     return tensors, metadata
 
 
-def find_saved(model, path, names):
+def find_saved(model: nn.Module, path: str | os.PathLike[str], names: Collection[str]) -> dict[str, nn.Linear]:
     """{name: nn.Linear} for the layers `names` of an adapter file. ValueError if the model lacks one."""
     modules = dict(model.named_modules())
     for name in names:
@@ -707,7 +714,13 @@ def find_saved(model, path, names):
     return linears
 
 
-def place_saved(model, path, layers, tensors, trained):
+def place_saved(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    layers: Mapping[str, nn.Module],
+    tensors: dict[str, torch.Tensor],
+    trained: Collection[str],
+) -> None:
     """Put the new `layers` into the model, then `tensors` into both. ValueError before anything of the model changes."""
     have = dict(model.named_parameters())
     for name, layer in layers.items():
@@ -724,7 +737,7 @@ def place_saved(model, path, layers, tensors, trained):
         p.requires_grad_(name in trained)
 
 
-def own_state(layer):
+def own_state(layer: nn.Module) -> dict[str, torch.Tensor]:
     """What an adapted layer holds beside its base: {name: tensor}, parameters and buffers."""
     return {key: t for key, t in layer.state_dict().items() if not key.startswith("base.")}
 
@@ -732,7 +745,7 @@ def own_state(layer):
 # -------------------------------------------------------------------------- the demo
 
 
-def main():
+def main() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32))
     x = torch.randn(512, 64)

@@ -18,6 +18,8 @@ again: they have to be among the largest at the next masking to stay. The author
 t_init 800, t_final 3500 of about 6,700 steps, interval 10.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ STD = 0.02  # of A and B at the start
 class AdaLoRALinear(lora.LoRALinear):
     """A frozen nn.Linear with the update alpha / (r + 1e-5) B diag(E) A. Input (..., n), output (..., m)."""
 
-    def __init__(self, plain, settings):
+    def __init__(self, plain: lora.LoRALinear, settings: dict):
         super().__init__(plain.base, plain.rank, plain.alpha, plain.dropout)
         self.settings = settings  # of `inject`, the same dict in every layer
         nn.init.normal_(self.A, std=STD)
@@ -46,21 +48,21 @@ class AdaLoRALinear(lora.LoRALinear):
         self.train(plain.training)
 
     @property
-    def scaling(self):
+    def scaling(self) -> float:
         return self.alpha / (self.rank + EPS)
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P (m, r), Q (r, n) with dW = P @ Q, the scaling and E absorbed in P."""
         return self.scaling * self.B * self.E.mT, self.A
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.called = True  # a layer whose weight is read instead is not to be merged
         h = F.dropout(input, self.dropout, self.training)  # (..., n)
         h = F.linear(h, (self.E * self.A).to(h.dtype))  # (..., r)
         return self.base(input) + F.linear(h, (self.scaling * self.B).to(h.dtype))  # (..., m)
 
     @torch.no_grad()
-    def observe(self):
+    def observe(self) -> None:
         """Eqs. 8 to 10: I = |w dL/dw|, its average, and the average of its distance from that."""
         beta1, beta2 = self.settings["beta1"], self.settings["beta2"]
         for name in "AEB":
@@ -69,13 +71,13 @@ class AdaLoRALinear(lora.LoRALinear):
             mean.mul_(beta1).add_(now, alpha=1 - beta1)
             spread.mul_(beta2).add_((now - mean).abs(), alpha=1 - beta2)
 
-    def scores(self):
+    def scores(self) -> torch.Tensor:
         """Eqs. 7, 11: the score (r,) of each triplet, that of E plus the means over A's row and B's column."""
         A, E, B = (getattr(self, f"importance_{name}") * getattr(self, f"uncertainty_{name}") for name in "AEB")
         return E[:, 0] + A.mean(1) + B.mean(0)
 
 
-def budget_at(step, total, start, target, t_init, t_final):
+def budget_at(step: int, total: int, start: int, target: int, t_init: int, t_final: int) -> int:
     """The total rank after `step`: `start` until t_init, `target` from total - t_final, a cubic curve between."""
     if step <= t_init:
         return start
@@ -85,13 +87,13 @@ def budget_at(step, total, start, target, t_init, t_final):
     return int(target + (start - target) * left**3)
 
 
-def mean_norm(As, Bs):
+def mean_norm(As: Iterable[torch.Tensor], Bs: Iterable[torch.Tensor]) -> torch.Tensor:
     """The mean of ||A A^T - I||_F and ||B^T B - I||_F over all A (r, n) and B (m, r); a 0-dim tensor."""
     grams = [A @ A.mT for A in As] + [B.mT @ B for B in Bs]
     return torch.stack([torch.linalg.matrix_norm(g - torch.eye(len(g)).to(g)) for g in grams]).mean()
 
 
-def check(from_zero, from_one, shares):
+def check(from_zero: Mapping[str, float], from_one: Mapping[str, float], shares: Mapping[str, float]) -> None:
     """ValueError that names the first option {name: value} out of its range."""
     for options, fits, allowed in [
         (from_zero, lambda value: value >= 0, "0 and up"),
@@ -107,9 +109,10 @@ def check(from_zero, from_one, shares):
 
 
 def inject(
-    model, targets, *, rank: int = 12, rank_target: int = 8, alpha: float = 16.0, dropout: float = 0.0, t_init: int = 0,
+    model: nn.Module, targets: Sequence[str], *,
+    rank: int = 12, rank_target: int = 8, alpha: float = 16.0, dropout: float = 0.0, t_init: int = 0,
     t_final: int = 0, mask_interval: int = 10, beta1: float = 0.85, beta2: float = 0.85, orth: float = 0.1, **walk,
-):  # fmt: skip
+) -> list[str]:  # fmt: skip
     """As baselines/lora.py's inject, which takes `walk` too: freeze, wrap, return the names; its errors.
 
     Options:
@@ -136,7 +139,7 @@ def inject(
     return names
 
 
-def penalty(model):
+def penalty(model: nn.Module) -> torch.Tensor:
     """The orthogonality term of the loss (Eq. 4) as the authors' code has it: orth times the mean over all A and B
     of the norm, not squared, of A A^T - I and B^T B - I."""
     layers = [m for m in model.modules() if isinstance(m, AdaLoRALinear)]
@@ -144,7 +147,7 @@ def penalty(model):
 
 
 @torch.no_grad()
-def before_step(model, step, total):
+def before_step(model: nn.Module, step: int, total: int) -> dict | None:
     """Look at the gradients, and mask when it is time: between backward and the optimizer's step, which is number
     `step` of `total`, counted from 1. Returns None, or {"ranks": {name: values of E kept}, "budget": total rank}."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaLoRALinear)}
@@ -169,7 +172,7 @@ def before_step(model, step, total):
     return {"ranks": watch(model)["ranks"], "budget": budget}
 
 
-def watch(model):
+def watch(model: nn.Module) -> dict[str, dict[str, float]]:
     """{quantity: {layer name: number}}: the values of E kept at the last masking, the mean score of a triplet."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaLoRALinear)}
     return {

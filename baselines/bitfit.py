@@ -4,8 +4,10 @@ Biases of linear layers and of norms both count (Sec. 3 there). No layer is wrap
 nothing is to be merged.
 """
 
+from collections.abc import Sequence
 
-def inject(model, targets=None):
+
+def inject(model, targets: Sequence[str] | None = None) -> list[str]:
     """Freeze everything but the biases. Returns [] for no layer is wrapped; ValueError if there is no bias."""
     biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
     if not biases:
@@ -16,7 +18,7 @@ def inject(model, targets=None):
     return []
 
 
-def param_groups(model, lr, weight_decay):
+def param_groups(model, lr: float, weight_decay: float) -> list[dict]:
     """Groups for torch.optim.AdamW: the task head as the run says, no weight decay for the biases."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -25,6 +27,6 @@ def param_groups(model, lr, weight_decay):
     ]
 
 
-def merge(model):
+def merge(model) -> list[str]:
     """Nothing to fold: the biases are the model's own. Returns []."""
     return []

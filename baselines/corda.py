@@ -16,6 +16,7 @@ The authors take 256 samples, r = 128 and s = 1.
 """
 
 import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +37,7 @@ class Start:
 
 
 @contextlib.contextmanager
-def undisturbed(model):
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode and nothing trained inside; modes, requires_grad and the CPU's random state come back as they were."""
     modes = {module: module.training for module in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}
@@ -51,7 +52,13 @@ def undisturbed(model):
             module.training = mode
 
 
-def second_moments(model, linears, batches, loss_fn, samples):
+def second_moments(
+    model: torch.nn.Module,
+    linears: Mapping[str, torch.nn.Linear],
+    batches: Iterable,
+    loss_fn: Callable[..., torch.Tensor],
+    samples: int,
+) -> dict[str, torch.Tensor]:
     """{name: C (n, n), on the CPU}: the mean over the calls of X^T X, X (tokens, n) divided by its largest entry."""
     moments = {name: [] for name in linears}  # the sum so far, the number of calls
 
@@ -64,7 +71,7 @@ def second_moments(model, linears, batches, loss_fn, samples):
         with torch.autocast(X.device.type, enabled=False):
             C = (X.mT @ X).cpu()
         total, calls = moments[name] or (torch.zeros_like(C), 0)
-        moments[name] = total + C, calls + 1
+        moments[name] = total + C, calls + 1  # type: ignore[assignment]
 
     hooks = [
         linear.register_forward_pre_hook(
@@ -85,7 +92,7 @@ def second_moments(model, linears, batches, loss_fn, samples):
     return {name: total / calls for name, (total, calls) in moments.items()}
 
 
-def damped(C):
+def damped(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """C with 0.01 of its mean diagonal added to it, doubled until its inverse is one in floats; and that inverse."""
     eye, damp = torch.eye(len(C), dtype=C.dtype, device=C.device), 0.01
     while True:
@@ -96,7 +103,7 @@ def damped(C):
         damp *= 2
 
 
-def oriented(W, C, r, directions):
+def oriented(W: torch.Tensor, C: torch.Tensor, r: int, directions: str) -> tuple[torch.Tensor, torch.Tensor]:
     """B (m, r), A (r, n) with B A the part of W (m, n) in the first (ipm) or last (kpm) r directions of W C."""
     D, inverse = damped(C)
     U, S, Vh = torch.linalg.svd(W @ D, full_matrices=False)
@@ -109,9 +116,9 @@ def oriented(W, C, r, directions):
 
 
 def calibrate(
-    model, targets, batches, loss_fn, *, rank: int = 8, samples: int = 256, directions: Literal["ipm", "kpm"] = "ipm",
-    progress=iter, **walk,
-):  # fmt: skip
+    model: torch.nn.Module, targets: Sequence[str], batches: Iterable, loss_fn: Callable[..., torch.Tensor], *,
+    rank: int = 8, samples: int = 256, directions: Literal["ipm", "kpm"] = "ipm", progress=iter, **walk,
+) -> dict[str, Start]:  # fmt: skip
     """Look at inputs, return the plan {layer name: Start} for `inject`. `batches` yields batches of one example each
     (padding would count as tokens), loss_fn(model, batch) runs the model, `progress` is tqdm for a bar over layers.
     ValueError as inject's, and where a layer sees NaN or nothing.
@@ -134,7 +141,7 @@ def calibrate(
     return plan
 
 
-def check_rank(linears, rank, share=1):
+def check_rank(linears: Mapping[str, torch.nn.Linear], rank: int, share: int = 1) -> None:
     """ValueError if a layer has not `share` * rank directions."""
     for name, linear in linears.items():
         most = min(linear.weight.shape) // share
@@ -142,7 +149,9 @@ def check_rank(linears, rank, share=1):
             raise ValueError(f"rank {rank} does not fit layer {name} {tuple(linear.weight.shape)}: allowed are 1 to {most}")
 
 
-def inject(model, targets, *, plan=None, rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, **walk):
+def inject(
+    model: torch.nn.Module, targets: Sequence[str], *, plan=None, rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, **walk
+) -> list[str]:
     """As baselines/lora.py's inject, which takes `walk` too: freeze, wrap, return the names; its errors.
 
     `plan` is what `calibrate` returned for the same targets. Without it, as when a saved adapter is to be loaded, the
@@ -157,7 +166,13 @@ def inject(model, targets, *, plan=None, rank: int = 8, alpha: float = 8.0, drop
                   rank=rank, alpha=alpha, dropout=dropout, **walk)  # fmt: skip
 
 
-def follow(plan, model, targets, start, **options):
+def follow(
+    plan: Mapping[str, Start] | None,
+    model: torch.nn.Module,
+    targets: Sequence[str],
+    start: Callable[[Start, float], tuple[torch.Tensor, torch.Tensor]],
+    **options,
+) -> list[str]:
     """Inject with start(what the plan says of a layer, its scaling) as B0 and A0."""
     if plan is not None:
         walk = {key: value for key, value in options.items() if key not in ("rank", "alpha", "dropout")}
@@ -172,6 +187,6 @@ def follow(plan, model, targets, start, **options):
     return pissa.begin(model, names, lambda name, layer: start(plan[name], layer.scaling))
 
 
-def describe(plan):
+def describe(plan: Mapping[str, Start]) -> dict[str, dict]:
     """{layer name: {quantity: number or list}} for a JSON file."""
     return {name: {"rank": len(given.A), "spectrum": given.spectrum.tolist()} for name, given in plan.items()}

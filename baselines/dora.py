@@ -9,6 +9,8 @@ gradient (Sec. 4.3). What differs from baselines/lora.py is that W' - W0 is not 
 factors. The authors take lr 2e-4 and ranks 16 and 32 for LLaMA.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,16 +23,16 @@ param_groups = lora.param_groups
 class DoRALinear(lora.LoRALinear):
     """A LoRALinear `plain` whose rows have a trained length. Input (..., n), output (..., m)."""
 
-    def __init__(self, plain):
+    def __init__(self, plain: lora.LoRALinear):
         super().__init__(plain.base, plain.rank, plain.alpha, plain.dropout)
         self.A, self.B = plain.A, plain.B
         self.magnitude = nn.Parameter(self.row_norms())  # (m,)
         self.train(plain.training)
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError("DoRA's change of the weight is not of low rank, it has no factors: merge it, or --export-merged")
 
-    def direction(self):
+    def direction(self) -> torch.Tensor:
         """V = W0 + s B A (m, n), in float32 at least: in half precision small changes of a length would vanish."""
         W0 = self.base.weight
         wide = torch.promote_types(W0.dtype, torch.float32)
@@ -38,11 +40,11 @@ class DoRALinear(lora.LoRALinear):
             return W0.to(wide) + self.scaling * self.B.to(wide) @ self.A.to(wide)
 
     @torch.no_grad()
-    def row_norms(self):
+    def row_norms(self) -> torch.Tensor:
         V = self.direction()
         return torch.linalg.vector_norm(V, dim=1).clamp_min(torch.finfo(V.dtype).tiny)  # (m,), a row may be zero
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.called = True  # a layer whose weight is read instead is not to be merged
         y = self.base(input)  # (..., m)
         x = F.dropout(input, self.dropout, self.training)
@@ -57,7 +59,9 @@ class DoRALinear(lora.LoRALinear):
         return y + (stretch - 1).to(y.dtype) * W0_x + stretch.to(y.dtype) * update
 
 
-def inject(model, targets, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, **walk):
+def inject(
+    model: nn.Module, targets: Sequence[str], *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, **walk
+) -> list[str]:
     """As baselines/lora.py's inject, which takes `walk` too: freeze, wrap, return the names; its errors.
 
     Options:
@@ -72,7 +76,7 @@ def inject(model, targets, *, rank: int = 8, alpha: float = 16.0, dropout: float
 
 
 @torch.no_grad()
-def merge(model):
+def merge(model: nn.Module) -> list[str]:
     """Put W' in the place of W0 and give the plain nn.Linear back; returns the names merged.
 
     Computed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped.

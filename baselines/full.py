@@ -3,14 +3,16 @@
 There is no low-rank update, so no layer is wrapped, `targets` is not looked at and nothing is to be merged.
 """
 
+from collections.abc import Sequence
 
-def inject(model, targets=None):
+
+def inject(model, targets: Sequence[str] | None = None) -> list[str]:
     """Make everything trainable. Returns [] for no layer is wrapped."""
     model.requires_grad_(True)
     return []
 
 
-def param_groups(model, lr, weight_decay):
+def param_groups(model, lr: float, weight_decay: float) -> list[dict]:
     """Groups for torch.optim.AdamW: weight decay for matrices, none for biases and norms (as GPT-2 and BERT)."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -19,6 +21,6 @@ def param_groups(model, lr, weight_decay):
     ]
 
 
-def merge(model):
+def merge(model) -> list[str]:
     """Nothing to fold: the weights are the model's own. Returns []."""
     return []

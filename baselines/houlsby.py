@@ -12,6 +12,8 @@ They put the adapter behind the dropout that follows the projection in BERT; her
 that dropout comes after it.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ MLP = ("down_proj", "output.dense", "DenseReluDense.wo", "mlp.c_proj", "fc2")
 class BottleneckLinear(nn.Module):
     """A frozen nn.Linear with an adapter behind it. Input (..., n), output (..., m)."""
 
-    def __init__(self, base, bottleneck, activation):
+    def __init__(self, base: nn.Linear, bottleneck: int, activation: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
         m, k, weight = base.out_features, bottleneck, base.weight
         like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
@@ -40,16 +42,16 @@ class BottleneckLinear(nn.Module):
     in_features = property(lambda self: self.base.in_features)
     out_features = property(lambda self: self.base.out_features)
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError("an adapter behind a layer is no update of its weight: it has no factors and cannot be merged")
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         y = self.base(input)  # (..., m)
         h = self.activation(F.linear(y, self.W1.to(y.dtype), self.b1.to(y.dtype)))  # (..., k)
         return y + F.linear(h, self.W2.to(h.dtype), self.b2.to(h.dtype))
 
 
-def find_outputs(model, targets, places, default, **walk):
+def find_outputs(model: nn.Module, targets: Sequence[str], places: str, default: tuple[str, ...], **walk) -> dict[str, nn.Linear]:
     """{dotted name: nn.Linear}: those of the layers that `targets` name whose names end in one of `places`, words
     with commas between them, or if that is empty in one of `default`. ValueError if there is none."""
     ends = tuple(place.strip() for place in places.split(",") if place.strip()) or default
@@ -61,7 +63,7 @@ def find_outputs(model, targets, places, default, **walk):
     return found
 
 
-def inject(model, targets, *, bottleneck: int = 64, places: str = "", **walk):
+def inject(model: nn.Module, targets: Sequence[str], *, bottleneck: int = 64, places: str = "", **walk) -> list[str]:
     """Freeze `model`, put an adapter behind the output projections among the layers that `targets` name, train the
     norms; returns the names wrapped. `walk` goes to lora.find_linears. ValueError as there, and if none is an output.
 
@@ -85,7 +87,7 @@ def inject(model, targets, *, bottleneck: int = 64, places: str = "", **walk):
     return list(linears)
 
 
-def param_groups(model, lr, weight_decay):
+def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """Groups for torch.optim.AdamW: weight decay for matrices, none for biases and norms, as the authors' code."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -94,6 +96,6 @@ def param_groups(model, lr, weight_decay):
     ]
 
 
-def merge(model):
+def merge(model: nn.Module) -> list[str]:
     """ValueError: what comes after a layer is not in its weight."""
     raise ValueError("adapters behind layers cannot be merged into the weights: keep them in the model")

@@ -24,6 +24,7 @@ at the last step, for what grows there would never be trained. Their CoLA with r
 """
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ RESERVE = 1e-5  # E of a row in reserve
 class IncreLoRALinear(lora.LoRALinear):
     """A frozen nn.Linear with the update alpha / (r + 1e-5) B diag(E) A in growing lists. Input (..., n), output (..., m)."""
 
-    def __init__(self, plain, settings):
+    def __init__(self, plain: lora.LoRALinear, settings: dict):
         super().__init__(plain.base, plain.rank, plain.alpha, plain.dropout)
         self.settings = settings  # of `inject`, the same dict in every layer
         self.ranknum = nn.Buffer(torch.tensor(plain.rank, device=self.A.device))
@@ -51,7 +52,7 @@ class IncreLoRALinear(lora.LoRALinear):
         self.append(plain.rank, plain.A, 0.0, trained=True)
         self.train(plain.training)
 
-    def append(self, rows, like, value, trained):
+    def append(self, rows: int, like: torch.Tensor, value: float, trained: bool) -> None:
         """A and B drawn and E set for `rows` more rows, in the type and on the device of `like`."""
         m, n, new = self.out_features, self.in_features, {"dtype": like.dtype, "device": like.device}
         self.register_parameter(f"A{self.count}", nn.Parameter(adalora.STD * torch.randn(rows, n, **new)))
@@ -60,26 +61,26 @@ class IncreLoRALinear(lora.LoRALinear):
         self.register_parameter(f"E{self.count}", E)
         self.count += 1
 
-    def entries(self, letter):
+    def entries(self, letter: str) -> list[torch.Tensor]:
         """The list of A, E or B."""
         return [getattr(self, f"{letter}{i}") for i in range(self.count)]
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         return int(self.ranknum)  # those in use
 
     @property
-    def scaling(self):
+    def scaling(self) -> float:
         return self.alpha / (self.rank + adalora.EPS)
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P (m, k), Q (k, n) with dW = P @ Q, the scaling and E absorbed in P; k counts the reserve too."""
         A, E, B = torch.cat(self.entries("A")), torch.cat(self.entries("E")), torch.cat(self.entries("B"), 1)
         return self.scaling * B * E.mT, A
 
     reads_dW = True  # in its forward, for the score: fast.py leaves such a layer as it is
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.called = True  # a layer whose weight is read instead is not to be merged
         P, Q = self.factors()
         dW = P @ Q  # (m, n), whole, for the gradient that the score needs
@@ -88,14 +89,14 @@ class IncreLoRALinear(lora.LoRALinear):
         x = F.dropout(input, self.dropout, self.training)
         return self.base(input) + F.linear(x, dW.to(x.dtype))  # (..., m)
 
-    def see(self, dW, gradient):
+    def see(self, dW: torch.Tensor, gradient: torch.Tensor) -> None:
         """Score a backward pass. Several of one step are added; the authors keep the last. Several processes score their sum."""
         if dist.is_available() and dist.is_initialized():
             gradient = gradient.clone()
             dist.all_reduce(gradient)
-        self.seen += (dW.float() * gradient.float()).abs().sum() / math.sqrt(dW.numel())
+        self.seen += (dW.float() * gradient.float()).abs().sum() / math.sqrt(dW.numel())  # type: ignore[assignment]
 
-    def score(self):
+    def score(self) -> float:
         return (self.smoothed[0] * self.smoothed[1]).item()
 
     def _load_from_state_dict(self, state, prefix, *args):
@@ -119,9 +120,10 @@ class IncreLoRALinear(lora.LoRALinear):
 
 
 def inject(
-    model, targets, *, rank: int = 1, rank_target: int = 8, alpha: float = 16.0, dropout: float = 0.0, delta: int = 0,
+    model: nn.Module, targets: Sequence[str], *,
+    rank: int = 1, rank_target: int = 8, alpha: float = 16.0, dropout: float = 0.0, delta: int = 0,
     top: int = 3, interval: int = 50, t0: int = 50, beta1: float = 0.85, beta2: float = 0.85, orth: float = 0.1, **walk,
-):  # fmt: skip
+) -> list[str]:  # fmt: skip
     """As baselines/lora.py's inject, which takes `walk` too: freeze, wrap, return the names; its errors.
 
     Options:
@@ -149,16 +151,16 @@ def inject(
     return names
 
 
-def layers_of(model):
+def layers_of(model: nn.Module) -> tuple[dict[str, IncreLoRALinear], dict]:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, IncreLoRALinear)}
     return layers, next(iter(layers.values())).settings
 
 
-def budget_left(layers, settings):
+def budget_left(layers: Mapping[str, IncreLoRALinear], settings: dict) -> int:
     return settings["target"] * len(layers) - sum(layer.rank for layer in layers.values())
 
 
-def penalty(model):
+def penalty(model: nn.Module) -> torch.Tensor:
     """The orthogonality term of the loss: orth times the mean over all entries of the lists A and B of the norm, not
     squared, of A A^T - I and B^T B - I. As the authors' code, so rows that came at different times may be alike."""
     layers, settings = layers_of(model)
@@ -167,7 +169,7 @@ def penalty(model):
 
 
 @torch.no_grad()
-def before_step(model, step, total):
+def before_step(model: nn.Module, step: int, total: int) -> None:
     """Smooth the scores, as long as there is a budget: between backward and the optimizer's step number `step`."""
     layers, s = layers_of(model)
     growing = budget_left(layers, s) > 0
@@ -180,7 +182,7 @@ def before_step(model, step, total):
 
 
 @torch.no_grad()
-def after_step(model, optimizer, step, total):
+def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> dict | None:
     """Make the reserve after the first step, grow where and when the method says so; step counts from 1.
 
     Returns None, or at a growth {"grown": {name: new rank}, "scores": {name: score}, "budget": what is left}.
@@ -196,12 +198,12 @@ def after_step(model, optimizer, step, total):
     if step <= s["t0"] or step % s["interval"] or step >= total or not able:
         return None
     scores = {name: layer.score() for name, layer in layers.items()}
-    chosen = sorted(able, key=scores.get, reverse=True)[: min(s["top"], budget)]  # stable: ties stay in order
+    chosen = sorted(able, key=scores.get, reverse=True)[: min(s["top"], budget)]  # type: ignore[arg-type]  # stable: ties stay in order
     for name in chosen:
         layer = layers[name]
         for E in layer.entries("E")[-s["delta"] :]:
             E.requires_grad_(True)
-        layer.ranknum += s["delta"]
+        layer.ranknum += s["delta"]  # type: ignore[misc]
     extend(model, optimizer, [layers[name] for name in chosen], s["delta"])
     budget = budget_left(layers, s)
     if budget <= 0:
@@ -211,7 +213,7 @@ def after_step(model, optimizer, step, total):
     return {"grown": {name: layers[name].rank for name in chosen}, "scores": scores, "budget": max(budget, 0)}
 
 
-def extend(model, optimizer, layers, rows):
+def extend(model: nn.Module, optimizer: torch.optim.Optimizer, layers: Iterable[IncreLoRALinear], rows: int) -> None:
     """Append `rows` rows in reserve to each layer, one by one as the authors, and give the optimizer what is new.
 
     A new parameter joins the group that holds its layer, at the place `param_groups` would give it: a run that is
@@ -232,7 +234,7 @@ def extend(model, optimizer, layers, rows):
             group["params"].sort(key=order.get)
 
 
-def watch(model):
+def watch(model: nn.Module) -> dict[str, dict[str, float]]:
     """{quantity: {layer name: number}}, what is worth seeing during and after a run."""
     layers, _ = layers_of(model)
     return {

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 class LoRALinear(nn.Module):
     """A frozen nn.Linear with the update (alpha / r) B A. Input (..., n), output (..., m)."""
 
-    def __init__(self, base, rank, alpha, dropout):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
         m, n = base.weight.shape
         # At least float32, whatever the base: a step of 1e-4 is rounded away beside a bfloat16 weight of 0.1.
@@ -46,7 +47,7 @@ class LoRALinear(nn.Module):
 
     # Some models look at their layers (T5 asks for wo.weight.dtype), a few compute with the weight themselves.
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         self.weight_read = True
         return self.base.weight
 
@@ -55,23 +56,23 @@ class LoRALinear(nn.Module):
     out_features = property(lambda self: self.base.out_features)
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         return self.A.shape[0]
 
     @property
-    def scaling(self):
+    def scaling(self) -> float:
         return self.alpha / self.rank
 
     @property
-    def options(self):
+    def options(self) -> dict:
         """What `load` gives to __init__."""
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P (m, r), Q (r, n) with dW = P @ Q, the scaling absorbed in P."""
         return self.scaling * self.B, self.A
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.__dict__["called"] = True  # nn.Module's own way to set it takes a hundred times as long
         x = input  # (..., n), under nn.Linear's name for it: some callers use keywords
         h = F.dropout(x, self.dropout, self.training)  # (..., n)
@@ -89,7 +90,15 @@ class LoRALinear(nn.Module):
 # ------------------------------------------------------------------------- the verbs
 
 
-def inject(model, targets, exclude=(), *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0):
+def inject(
+    model: nn.Module,
+    targets: Sequence[str],
+    exclude: Sequence[str] = (),
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+) -> list[str]:
     """Freeze `model` and wrap every nn.Linear whose dotted name ends in one of `targets`.
 
     A target that is a layer's full name means that layer alone; `exclude` names, in the same words, layers
@@ -116,14 +125,14 @@ def inject(model, targets, exclude=(), *, rank: int = 8, alpha: float = 16.0, dr
     return list(linears)
 
 
-def param_groups(model, lr, weight_decay):
+def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """Groups for torch.optim.AdamW: whatever is trainable (A, B, the task head), one rate, one decay."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
 
 
 @torch.no_grad()
-def merge(model):
+def merge(model: nn.Module) -> list[str]:
     """Fold dW into W0 and give the plain nn.Linear back; returns the names merged.
 
     Summed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped,
@@ -140,7 +149,7 @@ def merge(model):
     return list(wrapped)
 
 
-def save(model, path):
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter alone: all that is trained (the task head too), what was drawn, and how to wrap it again.
 
     safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
@@ -155,7 +164,7 @@ def save(model, path):
     write_adapter(path, trained | own, {"method": "lora", "layers": options, "trained": list(trained)})
 
 
-def load(model, path):
+def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Wrap the layers of a base model as those of the saved one were, and fill them; returns their names.
 
     The model is ready for more training or for `merge`. Build the optimizer afterwards. ValueError, before
@@ -172,7 +181,7 @@ def load(model, path):
 # ------------------------------------- walking the modules, and files (the same in every file)
 
 
-def find_linears(model, targets, exclude=()):
+def find_linears(model: nn.Module, targets: Collection[str], exclude: Collection[str] = ()) -> dict[str, nn.Linear]:
     """{dotted name: nn.Linear} for the layers that `targets` name and `exclude` does not. ValueError as `inject` says."""
     modules = dict(model.named_modules())
     adapted = [name for name, m in modules.items() if hasattr(m, "factors")]
@@ -205,7 +214,7 @@ def find_linears(model, targets, exclude=()):
     return {name: linear for name, linear in linears.items() if name in found}
 
 
-def match(linears, words, option):
+def match(linears: Collection[str], words: Collection[str], option: str) -> set[str]:
     """The set of names that end in one of `words`; a word that is a layer's full name means that layer alone."""
     found = set()
     for word in [words] if isinstance(words, str) else words:
@@ -217,7 +226,7 @@ def match(linears, words, option):
     return found
 
 
-def experts_share(modules):
+def experts_share(modules: Mapping[str, nn.Module]) -> float:
     """Which share of the numbers in the blocks (what is inside an nn.ModuleList) stands in 3-D parameters.
 
     Mixtral and Qwen-MoE keep their experts so, as one parameter (experts, m, n). Convolutions are 3-D as well.
@@ -231,13 +240,13 @@ def experts_share(modules):
     return numbers[True] / max(sum(numbers.values()), 1)
 
 
-def replace(model, name, module):
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the dotted `name` points to."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def at_least_float32(move):
+def at_least_float32(move: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """`move`, what .to(), .half(), .cuda() and the like do to a tensor, but that nothing gets narrower than float32."""
 
     def moved(t):
@@ -248,7 +257,7 @@ def at_least_float32(move):
     return moved
 
 
-def check_called(layers):
+def check_called(layers: Mapping[str, nn.Module]) -> None:
     """ValueError if the model computes with a layer's weight (Mamba's dt_proj) instead of calling the layer.
 
     The layer's update has no part in what such a model computes. Nothing is known before the first forward pass.
@@ -262,7 +271,7 @@ def check_called(layers):
                 )
 
 
-def write_adapter(path, tensors, metadata):
+def write_adapter(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict) -> None:
     """One file, as safetensors if that is installed, else as torch's. A temporary name first: a kill leaves no half."""
     # Copies: safetensors refuses parameters that share memory.
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
@@ -279,7 +288,7 @@ def write_adapter(path, tensors, metadata):
     os.replace(temporary, path)
 
 
-def read_adapter(path, method):
+def read_adapter(path: str | os.PathLike[str], method: str) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, metadata) of a file of `write_adapter`; no code in it is run. ValueError if it is not `method`'s."""
     try:
         with open(path, "rb") as f:
@@ -302,7 +311,7 @@ def read_adapter(path, method):
     return tensors, metadata
 
 
-def find_saved(model, path, names):
+def find_saved(model: nn.Module, path: str | os.PathLike[str], names: Collection[str]) -> dict[str, nn.Linear]:
     """{name: nn.Linear} for the layers `names` of an adapter file. ValueError if the model lacks one."""
     modules = dict(model.named_modules())
     for name in names:
@@ -314,7 +323,13 @@ def find_saved(model, path, names):
     return linears
 
 
-def place_saved(model, path, layers, tensors, trained):
+def place_saved(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    layers: Mapping[str, nn.Module],
+    tensors: dict[str, torch.Tensor],
+    trained: Collection[str],
+) -> None:
     """Put the new `layers` into the model, then `tensors` into both. ValueError before anything of the model changes."""
     have = dict(model.named_parameters())
     for name, layer in layers.items():
@@ -331,7 +346,7 @@ def place_saved(model, path, layers, tensors, trained):
         p.requires_grad_(name in trained)
 
 
-def own_state(layer):
+def own_state(layer: nn.Module) -> dict[str, torch.Tensor]:
     """What an adapted layer holds beside its base: {name: tensor}, parameters and buffers."""
     return {key: t for key, t in layer.state_dict().items() if not key.startswith("base.")}
 
@@ -339,7 +354,7 @@ def own_state(layer):
 # -------------------------------------------------------------------------- the demo
 
 
-def main():
+def main() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48))
     x = torch.randn(256, 64)

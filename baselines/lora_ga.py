@@ -15,6 +15,7 @@ The authors take 64 batches of 2, gamma 16, and the model as it trains; here it 
     names = inject(model, targets, plan=plan)
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -24,7 +25,13 @@ from baselines import corda, lora, pissa
 param_groups, merge, describe = lora.param_groups, lora.merge, corda.describe
 
 
-def mean_gradients(model, linears, batches, loss_fn, samples):
+def mean_gradients(
+    model: torch.nn.Module,
+    linears: Mapping[str, torch.nn.Linear],
+    batches: Iterable,
+    loss_fn: Callable[..., torch.Tensor],
+    samples: int,
+) -> dict[str, torch.Tensor]:
     """{name: G (m, n), on the CPU}; beside those sums the gradient of one layer at a time is alive."""
     sums = {name: torch.zeros_like(pissa.wide(linear.weight), device="cpu") for name, linear in linears.items()}
 
@@ -39,7 +46,7 @@ def mean_gradients(model, linears, batches, loss_fn, samples):
                 weight = linear.weight.requires_grad_(True)
                 weight.grad = None
                 hooks.append(weight.register_post_accumulate_grad_hook(lambda w, name=name: see(name, w)))
-            for count, batch in zip(range(1, samples + 1), batches):
+            for count, batch in zip(range(1, samples + 1), batches):  # noqa: B007 (read below)
                 loss_fn(model, batch).backward()
     finally:
         for hook in hooks:
@@ -51,7 +58,7 @@ def mean_gradients(model, linears, batches, loss_fn, samples):
     return {name: G / count for name, G in sums.items()}
 
 
-def approximated(G, r, gamma, variant):
+def approximated(G: torch.Tensor, r: int, gamma: float, variant: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """B0 (m, r), A0 (r, n) and the singular values that were found of a gradient G (m, n)."""
     torch.manual_seed(0)  # of the randomised decomposition: the same plan from the same gradients
     U, S, V = torch.svd_lowrank(G, q=min(4 * r, *G.shape), niter=4)
@@ -61,11 +68,13 @@ def approximated(G, r, gamma, variant):
 
 
 def calibrate(
-    model, targets, batches, loss_fn, *, rank: int = 8, samples: int = 128, gamma: float = 16.0,
-    variant: Literal["authors", "peft"] = "authors", progress=iter, **walk,
-):  # fmt: skip
+    model: torch.nn.Module, targets: Sequence[str], batches: Iterable, loss_fn: Callable[..., torch.Tensor], *,
+    rank: int = 8, samples: int = 128, gamma: float = 16.0, variant: Literal["authors", "peft"] = "authors",
+    progress=iter, **walk,
+) -> dict[str, corda.Start]:  # fmt: skip
     """Look at gradients, return the plan {layer name: corda.Start} for `inject`. `batches` yields batches,
-    loss_fn(model, batch) gives the scalar loss, `progress` is tqdm for a bar over layers. ValueError as inject's, and where a gradient is zero or not finite.
+    loss_fn(model, batch) gives the scalar loss, `progress` is tqdm for a bar over layers. ValueError as inject's, and
+    where a gradient is zero or not finite.
 
     Options:
         rank: rank r of the trained part, at most half of the layer's smaller side; the update of W0 has 2 r
@@ -84,7 +93,9 @@ def calibrate(
         return {name: corda.Start(*approximated(gradients[name], rank, gamma, variant)) for name in progress(list(linears))}
 
 
-def inject(model, targets, *, plan=None, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, **walk):
+def inject(
+    model: torch.nn.Module, targets: Sequence[str], *, plan=None, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, **walk
+) -> list[str]:
     """As baselines/corda.py's inject, with a plan of `calibrate` above: there the errors and what no plan means.
 
     Options:

@@ -9,6 +9,8 @@ efficiently only if lr_B / lr_A grows with the width (Theorem 1). So only the gr
 The authors' script for RoBERTa takes lr 5e-5 with a ratio of 80, their README says 20.
 """
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from baselines import lora
@@ -18,7 +20,16 @@ merge = lora.merge
 EMBEDDING_LR = 1e-6  # the authors'
 
 
-def inject(model, targets, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, lr_ratio: float = 20.0, **walk):
+def inject(
+    model: nn.Module,
+    targets: Sequence[str],
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    lr_ratio: float = 20.0,
+    **walk,
+) -> list[str]:
     """As baselines/lora.py's inject, which takes `walk` too: freeze, wrap, return the names; its errors.
 
     Options:
@@ -35,7 +46,7 @@ def inject(model, targets, *, rank: int = 8, alpha: float = 16.0, dropout: float
     return names
 
 
-def param_groups(model, lr, weight_decay):
+def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """Groups for torch.optim.AdamW by the authors' rule: vectors (biases, norms) go with B, and biases and LayerNorms
     have no weight decay; embeddings have a rate of their own. Groups that would be empty are left out."""
     ratio = next(m.lr_ratio for m in model.modules() if isinstance(m, lora.LoRALinear))

@@ -9,6 +9,8 @@ The authors draw R from N(0, 1e-5^2), which moves the function a little; zero, w
 Their code takes the SVD of the transposed weight, so that its S stands on the input's side; the paper is followed.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,21 +23,21 @@ param_groups, merge = lora.param_groups, lora.merge
 class LoRAXSLinear(lora.LoRALinear):
     """A frozen nn.Linear with the update (alpha / r) C R A. Input (..., n), output (..., m)."""
 
-    def __init__(self, plain, std):
+    def __init__(self, plain: lora.LoRALinear, std: float):
         super().__init__(plain.base, plain.rank, plain.alpha, plain.dropout)
         r, wide = plain.rank, torch.promote_types(plain.base.weight.dtype, torch.float32)
         U, S, Vh = torch.linalg.svd(plain.base.weight.detach().to(wide), full_matrices=False)
         del self.A, self.B
-        self.A = nn.Buffer(Vh[:r].to(plain.A).contiguous())
+        self.A = nn.Buffer(Vh[:r].to(plain.A).contiguous())  # type: ignore[assignment]
         self.C = nn.Buffer((U[:, :r] * S[:r]).to(plain.A).contiguous())
         self.R = nn.Parameter(std * torch.randn(r, r).to(plain.A))
         self.train(plain.training)
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P (m, r), Q (r, n) with dW = P @ Q, the scaling absorbed in P."""
         return self.scaling * self.C @ self.R, self.A
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.called = True  # a layer whose weight is read instead is not to be merged
         h = F.dropout(input, self.dropout, self.training)
         h = F.linear(h, self.A.to(h.dtype))  # (..., r)
@@ -43,7 +45,16 @@ class LoRAXSLinear(lora.LoRALinear):
         return self.base(input) + F.linear(h, self.C.to(h.dtype))  # (..., m)
 
 
-def inject(model, targets, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, std: float = 0.0, **walk):
+def inject(
+    model: nn.Module,
+    targets: Sequence[str],
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    std: float = 0.0,
+    **walk,
+) -> list[str]:
     """As baselines/lora.py's inject, which takes `walk` too: freeze, wrap, return the names; its errors.
 
     Options:

@@ -9,6 +9,8 @@ Note that s B0 A0 is s times a part of W0: with s = 1 the residual is what the f
 The layer is PiSSA's, see baselines/pissa.py: W0 stays as it is and the update is dW = s (B A - B0 A0).
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from baselines import lora, pissa
@@ -16,13 +18,15 @@ from baselines import lora, pissa
 param_groups, merge = lora.param_groups, lora.merge
 
 
-def orthonormal(W, r):
+def orthonormal(W: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
     """B0 (m, r) and A0 (r, n) of W (m, n)."""
     Q, R = torch.linalg.qr(W)
     return Q[:, :r], R[:r]
 
 
-def inject(model, targets, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, **walk):
+def inject(
+    model: torch.nn.Module, targets: Sequence[str], *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, **walk
+) -> list[str]:
     """As baselines/lora.py's inject, which takes `walk` too: freeze, wrap, return the names; its errors.
 
     Options:

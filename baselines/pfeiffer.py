@@ -8,6 +8,8 @@ Norms stay frozen. The weights start from N(0, 0.02^2) and biases at zero, as in
 start exactly as it was; `zero=True` starts W2 at zero, and then it does.
 """
 
+from collections.abc import Sequence
+
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -16,7 +18,9 @@ from baselines import houlsby, lora
 param_groups, merge = houlsby.param_groups, houlsby.merge
 
 
-def inject(model, targets, *, reduction: int = 16, zero: bool = False, places: str = "", **walk):
+def inject(
+    model: nn.Module, targets: Sequence[str], *, reduction: int = 16, zero: bool = False, places: str = "", **walk
+) -> list[str]:
     """Freeze `model` and put an adapter behind the MLPs' output projections among the layers that `targets` name;
     returns the names wrapped. `walk` goes to lora.find_linears. ValueError as there, and if none is an output.
 

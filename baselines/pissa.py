@@ -10,6 +10,8 @@ residual over W0. Here W0 stays and B0, A0 are kept beside B, A: the update of W
 and an adapter file fits the base that everybody has. The authors take r = alpha = 128, so s = 1, and lr 2e-5.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ class ResidualLinear(lora.LoRALinear):
     `plain` is the LoRALinear whose place it takes. Also the layer of OLoRA, CorDA and LoRA-GA.
     """
 
-    def __init__(self, plain, B0, A0):
+    def __init__(self, plain: lora.LoRALinear, B0: torch.Tensor, A0: torch.Tensor):
         super().__init__(plain.base, len(A0), plain.alpha, plain.dropout)
         # row-major, as a loaded one is: what an SVD returns may be the other way round, and products round differently
         A0, B0 = A0.to(plain.A).contiguous(), B0.to(plain.B).contiguous()
@@ -33,11 +35,11 @@ class ResidualLinear(lora.LoRALinear):
         self.A0, self.B0 = nn.Buffer(A0.clone()), nn.Buffer(B0.clone())
         self.train(plain.training)
 
-    def factors(self):
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P (m, 2r), Q (2r, n) with dW = P @ Q, the scaling absorbed in P."""
         return self.scaling * torch.cat([self.B, -self.B0], dim=1), torch.cat([self.A, self.A0])
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.called = True  # a layer whose weight is read instead is not to be merged
         x = F.dropout(input, self.dropout, self.training)  # on all of the update, so the start is W0 x then too
         # B A - B0 A0 = B (A - A0) + (B - B0) A0: no difference of large numbers, and exactly zero at the start
@@ -57,7 +59,7 @@ class ResidualLinear(lora.LoRALinear):
         super()._load_from_state_dict(state, prefix, *args)
 
 
-def principal(W, r, s, niter=0):
+def principal(W: torch.Tensor, r: int, s: float, niter: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """B0 (m, r) and A0 (r, n) of W (m, n), s B0 A0 its best approximation of rank r; by `niter` power iterations if > 0."""
     if niter:
         U, S, V = torch.svd_lowrank(W, q=r, niter=niter)
@@ -69,7 +71,9 @@ def principal(W, r, s, niter=0):
 
 
 @torch.no_grad()
-def begin(model, names, start):
+def begin(
+    model: nn.Module, names: list[str], start: Callable[[str, lora.LoRALinear], tuple[torch.Tensor, torch.Tensor]]
+) -> list[str]:
     """Put a ResidualLinear in the place of each LoRALinear: start(name, layer) gives its B0 (m, r), A0 (r, n)."""
     layers = {}
     for name in names:  # all of them before the first is replaced
@@ -80,12 +84,14 @@ def begin(model, names, start):
     return names
 
 
-def wide(weight):
+def wide(weight: torch.Tensor) -> torch.Tensor:
     """A weight's numbers in float32 at least, for a decomposition."""
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def inject(model, targets, *, rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, niter: int = 0, **walk):
+def inject(
+    model: nn.Module, targets: Sequence[str], *, rank: int = 8, alpha: float = 8.0, dropout: float = 0.0, niter: int = 0, **walk
+) -> list[str]:
     """As baselines/lora.py's inject, which takes `walk` too: freeze, wrap, return the names; its errors.
 
     Options:

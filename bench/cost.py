@@ -18,11 +18,10 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import memory  # noqa: E402
-import speed  # noqa: E402
-import torch  # noqa: E402
+import memory
+import speed
 
-import triadapt  # noqa: E402
+import triadapt
 
 MIDDLE = {"tokens": 1024, "rank": 8, "width": 256, "layers": 4}
 SIZES = {"tokens": [256, 512, 1024, 2048, 4096], "rank": [2, 8, 32, 128], "width": [128, 256, 512, 768], "layers": [2, 4, 8]}
@@ -61,8 +60,9 @@ def exponent(xs, ys):
 
 def table(rows, what):
     names = list(dict.fromkeys(row["contestant"] for row in rows))
-    lines = [f"| {what} | " + " | ".join(f"{name}, ms" for name in names) + " | "
-             + " | ".join(f"{name} / PEFT" for name in names[:-1]) + " | " + " | ".join(f"{name}, peak MB" for name in names) + " |"]  # fmt: skip
+    columns = [f"{name}, ms" for name in names] + [f"{name} / PEFT" for name in names[:-1]]
+    columns += [f"{name}, peak MB" for name in names]
+    lines = [f"| {what} | " + " | ".join(columns) + " |"]
     lines.append("|" + "--:|" * (3 * len(names)))
     for size in SIZES[what]:
         mine = {row["contestant"]: row for row in rows if row[what] == size}
@@ -96,7 +96,8 @@ def main():
     for what, sizes in SIZES.items():
         mine = [row for size in sizes for row in measured(args, **MIDDLE | {what: size})]
         rows += [{"varied": what, "hardware": speed.hardware(args.device), **row} for row in mine]
-        others = ", ".join(f"{value} {key}" if key != "width" else f"width {value}" for key, value in MIDDLE.items() if key != what)
+        named = {key: f"{value} {key}" if key != "width" else f"width {value}" for key, value in MIDDLE.items()}
+        others = ", ".join(words for key, words in named.items() if key != what)
         parts.append(f"## {what}\n\nWith {others}.\n\n{table(mine, what)}\n")
         print(parts[-1], flush=True)
     share, events = growth_share(args)

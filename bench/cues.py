@@ -96,8 +96,10 @@ def main():
         second = f"{reach(task, (1,)):.1f}" if task.pair else ""
         lines.append(f"| {name} | {metric} | {constant(task):.1f} | {both:.1f} | {second} |")
         print(lines[-1], flush=True)
-    text = ("`python bench/cues.py`: what word counts alone reach on the development split, in points of 100, the best of three\n"
-            "penalties. Bag of words: a logistic regression on the counts of both texts; last column: on those of the second.\n\n")
+    text = """`python bench/cues.py`: what word counts alone reach on the development split, in points of 100, the best of three
+penalties. Bag of words: a logistic regression on the counts of both texts; last column: on those of the second.
+
+"""
     with open(os.path.join(ROOT, "bench", "cues.md"), "w") as f:
         f.write(text + "\n".join(lines) + "\n")
 

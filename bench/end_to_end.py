@@ -50,9 +50,11 @@ def theirs(args):
     settings = transformers.TrainingArguments(
         args.out, num_train_epochs=args.epochs, per_device_train_batch_size=32, per_device_eval_batch_size=256,
         learning_rate=args.lr, lr_scheduler_type="linear", warmup_steps=0.06, weight_decay=0.0, eval_strategy="epoch",
-        save_strategy="no", report_to="none", disable_tqdm=True, seed=args.seed, bf16=args.device == "cuda", use_cpu=args.device == "cpu")  # fmt: skip
+        save_strategy="no", report_to="none", disable_tqdm=True, seed=args.seed, bf16=args.device == "cuda",
+        use_cpu=args.device == "cpu")  # fmt: skip
     trainer = transformers.Trainer(
-        model, settings, transformers.DataCollatorWithPadding(tokenizer), rows("train", args.rows), dev := rows("dev"))
+        model, settings, transformers.DataCollatorWithPadding(tokenizer), rows("train", args.rows), dev := rows("dev")
+    )
     trainer.train()
     answers = np.argmax(trainer.predict(dev).predictions, -1).tolist()
     model.save_pretrained(args.out)
@@ -62,8 +64,9 @@ def theirs(args):
 def ours(args, method):
     """The command of train.py."""
     command = ["train.py", "--method", method, "--task", "mrpc", "--data", args.data, "--backbone", args.backbone, "--rank", "8",
-               "--epochs", args.epochs, "--lr", args.lr, "--head-lr", args.lr, "--seed", args.seed, "--out", args.out, "--device", args.device,
-               "--threads", args.threads, "--targets", *targets(args.backbone), "--weight-decay", 0, "--no-figures"]  # fmt: skip
+               "--epochs", args.epochs, "--lr", args.lr, "--head-lr", args.lr, "--seed", args.seed, "--out", args.out,
+               "--device", args.device, "--threads", args.threads, "--targets", *targets(args.backbone), "--weight-decay", 0,
+               "--no-figures"]  # fmt: skip
     return [sys.executable, *map(str, command), *(["--rows", str(args.rows)] if args.rows else [])]
 
 
@@ -127,8 +130,8 @@ def main():
                     command, read = ours(args, who), lambda _: last(args.out)
                 else:
                     asked = ["--epochs", args.epochs, "--lr", args.lr, "--seed", turn, "--out", args.out, "--device", args.device]
-                    command = [sys.executable, "bench/end_to_end.py", "--theirs", "--backbone", args.backbone, "--data", args.data]
-                    command += [*map(str, asked), *(["--rows", str(args.rows)] if args.rows else [])]
+                    asked += ["--backbone", args.backbone, "--data", args.data, *(["--rows", args.rows] if args.rows else [])]
+                    command = [sys.executable, "bench/end_to_end.py", "--theirs", *map(str, asked)]
                     read = lambda text: json.loads(text.splitlines()[-1])  # noqa: E731
                 seconds, cpu, score = timed(command, read)
             rows.append({"who": who, "turn": turn, "seconds": seconds, "cpu": cpu, **{k: score[k] for k in ("accuracy", "f1")}})
@@ -149,8 +152,9 @@ def report(args, rows):
     shown = shlex.join(["python", *sys.argv]).replace(args.backbone, "BACKBONE").replace(args.data, "MRPC")
     with open(os.path.join(args.backbone, "config.json")) as f:
         config = json.load(f)
-    text = (f"`{shown}`: {config['model_type']} of {config['num_hidden_layers']} layers, {config['hidden_size']} wide; "
-            f"{speed.hardware(args.device)}, torch {torch.__version__}, medians of {args.turns} turns.\n\n{table(rows)}\n")  # fmt: skip
+    model = f"{config['model_type']} of {config['num_hidden_layers']} layers, {config['hidden_size']} wide"
+    machine = f"{speed.hardware(args.device)}, torch {torch.__version__}, medians of {args.turns} turns"
+    text = f"`{shown}`: {model}; {machine}.\n\n{table(rows)}\n"
     print(text)
     if args.write:
         where = os.path.join(ROOT, "bench", f"end_to_end-{args.device}")

@@ -86,7 +86,8 @@ def measured(args):
             timed(Run, name, times)
         timed(train, "backward", times)
         argv = ["--task", "sft", "--data", data, "--backbone", base, "--method", "task_tlora", "--samples", 8, "--max-steps", 10,
-                "--batch-size", 2, "--out", os.path.join(folder, "run"), "--no-figures", "--threads", args.threads, "--dtype", args.dtype]  # fmt: skip
+                "--batch-size", 2, "--out", os.path.join(folder, "run"), "--no-figures", "--threads", args.threads,
+                "--dtype", args.dtype]  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()) as screen:
             start = time.perf_counter()
             if train.main([*map(str, argv)]):
@@ -128,13 +129,15 @@ def main():
              f"| ten steps of 2 rows, forward and backward | {times['backward']:.1f} |",
              f"| four answers of 64 tokens, keys and values kept | {times['generate']:.1f} |",
              f"| the whole command | {times['all']:.1f} |", "",
-             "Computed, not measured: GB with bf16 weights (`--dtype bf16`), LoRA of rank 8 on all linear layers in float32, AdamW,",
-             "`--gradient-checkpointing`, 8 rows of 512 tokens (formula: `needs` of the script).\n",
-             "| model | numbers | adapter | weights | adapter, gradient, moments | activations | logits | sum |", "|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+             "Computed, not measured: GB with bf16 weights (`--dtype bf16`), LoRA of rank 8 on all linear layers in float32,",
+             "AdamW, `--gradient-checkpointing`, 8 rows of 512 tokens (formula: `needs` of the script).\n",
+             "| model | numbers | adapter | weights | adapter, gradient, moments | activations | logits | sum |",
+             "|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     for name in SHAPES:
         n = needs(name)
         parts = [n[key] for key in ("weights", "trained", "activations", "logits")]
-        lines.append(f"| {name} | {n['numbers']:,} | {n['adapter']:,} | " + " | ".join(f"{x:.2f}" for x in [*parts, sum(parts)]) + " |")
+        gigabytes = " | ".join(f"{x:.2f}" for x in [*parts, sum(parts)])
+        lines.append(f"| {name} | {n['numbers']:,} | {n['adapter']:,} | {gigabytes} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if args.write:

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import speed  # noqa: E402
+import speed
 
 
 def peak_bytes(contestant, *batch):

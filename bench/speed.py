@@ -5,8 +5,9 @@
     python bench/speed.py --device cuda --bf16 --shapes 1024x12 --length 256 --compile
 
 One step is forward, backward and AdamW on the same Transformer, batch and targets: all six matrices of each block, rank 8
-(TriAdaptLoRA at its full rank); 768x2 are two blocks of RoBERTa-base's shape. The contestants take turns within one process, and the numbers are ratios within a round:
-machines are noisy. On one CPU thread the clock is that thread's own, which other programs do not stop.
+(TriAdaptLoRA at its full rank); 768x2 are two blocks of RoBERTa-base's shape. The contestants take turns within one process,
+and the numbers are ratios within a round: machines are noisy. On one CPU thread the clock is that thread's own, which other
+programs do not stop.
 
 The floor is the frozen backbone with its head alone trained, whose adapted layers ask for the gradient of their output as
 an adapter on them would: it does all the work of W0, forward and backward, and none of an adapter. A row with "fast" has
@@ -211,7 +212,8 @@ def arguments(parser, shapes, rounds):
 
 def facts_of(args, width, depth):
     return {"hardware": hardware(args.device), "torch": torch.__version__, "width": width, "blocks": depth,
-            "batch": args.batch, "length": args.length, "dtype": "bf16 autocast" if args.bf16 else "float32", "compiled": args.compile}  # fmt: skip
+            "batch": args.batch, "length": args.length, "dtype": "bf16 autocast" if args.bf16 else "float32",
+            "compiled": args.compile}  # fmt: skip
 
 
 def report(args, name, how, parts, rows):

@@ -33,8 +33,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 
 import speed  # noqa: E402
-from source import bare  # noqa: E402
 import torch  # noqa: E402
+from source import bare  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
@@ -165,7 +165,7 @@ def digest(*paths):
 
 
 def fingerprint(run):
-    """What the run's numbers depend on: base, tokenizer, the code of the rows, the model, the method and the fast path, settings."""
+    """What the run's numbers depend on: base, tokenizer, the code of the rows, model, method and fast path, settings."""
     s = parse(["--method", run["method"], "--task", run["task"], *run["flags"]])
     method = METHODS[s.method][0].replace(".", "/") + ".py"
     files = ["model.py", "fast.py", method] + ["baselines/lora.py"] * method.startswith("baselines/")
@@ -231,7 +231,11 @@ def fingerprint_of(*parts):
 
 def valid(rows):
     """The rows of today's code."""
-    return [row for row in rows if row["fingerprint"] == fingerprint_of(row["study"], row["method"], row["task"], None, None, *row["flags"])]
+
+    def of_today(row):
+        return row["fingerprint"] == fingerprint_of(row["study"], row["method"], row["task"], None, None, *row["flags"])
+
+    return list(filter(of_today, rows))
 
 
 def work(args):
@@ -255,8 +259,8 @@ def work(args):
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                print(f"{row['study']:8s} {row['method']:11s} {row['task']:6s} {' '.join(row['flags'][:2]):18s} seed {row['seed']:3d}  "
-                      f"{score(row):6.2f}  {row['seconds']} s", flush=True)  # fmt: skip
+                what = f"{row['study']:8s} {row['method']:11s} {row['task']:6s} {' '.join(row['flags'][:2]):18s}"
+                print(f"{what} seed {row['seed']:3d}  {score(row):6.2f}  {row['seconds']} s", flush=True)
 
 
 # ----------------------------------------------------------------------------------- the pages
@@ -289,7 +293,8 @@ def encoder(rows):
     """The table of the real encoder: the best rate, and the scores at it on the seeds that chose nothing."""
     found = table(rows, "encoder")
     tasks = list(dict.fromkeys(task for _, task in found))
-    lines = ["| method | " + " | ".join(f"{task} ({headline(task)}): best rate, scores there" for task in tasks) + " |", "|---|" + "--:|" * len(tasks)]
+    heads = " | ".join(f"{task} ({headline(task)}): best rate, scores there" for task in tasks)
+    lines = [f"| method | {heads} |", "|---|" + "--:|" * len(tasks)]
     for method in [m for m in METHODS if any(method == m for method, _ in found)]:
         cells = []
         for task in tasks:
@@ -301,7 +306,9 @@ def encoder(rows):
             k = max(chosen, key=chosen.get)
             fresh = [value for (other, seed), value in scores.items() if other == k and seed != 100]
             spread = f" ± {statistics.stdev(fresh):.1f}" if len(fresh) > 1 else ""
-            shown = f"{statistics.mean(fresh):.1f}{spread} ({len(fresh)} seeds)" if fresh else f"{chosen[k]:.1f} (the seed that chose)"
+            shown = f"{chosen[k]:.1f} (the seed that chose)"
+            if fresh:
+                shown = f"{statistics.mean(fresh):.1f}{spread} ({len(fresh)} seeds)"
             edge = "" if min(chosen) < k < max(chosen) else ", edge"
             cells.append(f"{rate(k):g}{edge}: {shown}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
@@ -312,7 +319,8 @@ def head(rows):
     """The scores of LoRA at each rate of the head."""
     found = table(rows, "head")
     tasks = list(dict.fromkeys(task for _, task in found))
-    lines = ["| `--head-lr` | " + " | ".join(f"{task} ({headline(task)})" for task in tasks) + " | mean |", "|--:|" + "--:|" * (len(tasks) + 1)]
+    heads = " | ".join(f"{task} ({headline(task)})" for task in tasks)
+    lines = [f"| `--head-lr` | {heads} | mean |", "|--:|" + "--:|" * (len(tasks) + 1)]
     for k in HEAD:
         cells = [[value for (other, _), value in found["lora", task].items() if other == k] for task in tasks]
         means = [statistics.mean(cell) for cell in cells if cell]
@@ -326,14 +334,14 @@ def text():
     rows = valid(read(ROWS))
     return f"""# Learning rates, method by method
 
-Made by `python bench/sweep.py pages` from the rows of `bench/sweep.jsonl`: {len(rows)} runs so far. The sweep is not finished: it goes
-on where it stopped.
+Made by `python bench/sweep.py pages` from the rows of `bench/sweep.jsonl`: {len(rows)} runs so far. The sweep is not finished:
+it goes on where it stopped.
 
 ## The generated tasks
 
-`python bench/sweep.py rates`: mean ± standard deviation of the development metric after the last epoch, in points of 100, at the best
-rate. Half decades on seeds 100 and 101 until the best is inside the grid, then quarter decades beside it on seeds 100 to 102. In
-brackets the seeds so far; "edge": the best is the last that was tried.
+`python bench/sweep.py rates`: mean ± standard deviation of the development metric after the last epoch, in points of 100, at the
+best rate. Half decades on seeds 100 and 101 until the best is inside the grid, then quarter decades beside it on seeds 100 to
+102. In brackets the seeds so far; "edge": the best is the last that was tried.
 
 {generated(rows)}
 
@@ -345,8 +353,8 @@ brackets the seeds so far; "edge": the best is the last that was tried.
 
 ## A real encoder
 
-`python bench/sweep.py encoder --backbone DIR --data GLUE` on all-MiniLM-L6-v2, GLUE's own files (of SST-2 the first 3,000 rows), six
-epochs, bf16 on an NVIDIA H200 with `--flags --fast`: half decades on seed 100, then seeds 0 to 4 at the best.
+`python bench/sweep.py encoder --backbone DIR --data GLUE` on all-MiniLM-L6-v2, GLUE's own files (of SST-2 the first 3,000 rows),
+six epochs, bf16 on an NVIDIA H200 with `--flags --fast`: half decades on seed 100, then seeds 0 to 4 at the best.
 
 {encoder(rows)}
 """

@@ -6,8 +6,9 @@
 
 Each run is `python train.py --method M --task T --seed S` with the defaults of that method and task. Finished runs are
 kept in bench/table.jsonl and not run again while the base, the tokenizer, the task's rows, the code and the defaults are
-the same; what changed is run anew, and until then the table says how many of its runs are old. The slowest run of a method on a task is timed once more, alone on two cores, if it took
-more than a minute. bench/table.md and the table in README.md are rewritten from these rows alone.
+the same; what changed is run anew, and until then the table says how many of its runs are old. The slowest run of a method on a
+task is timed once more, alone on two cores, if it took more than a minute. bench/table.md and the table in README.md are
+rewritten from these rows alone.
 """
 
 import argparse
@@ -209,7 +210,8 @@ def main():
             rows = [old for old in rows if (old["method"], old["task"], old["seed"]) != key] + [row]
             save(rows)  # after each run: an interruption loses nothing
             metric = data.TASKS[row["task"]].metrics[0]
-            print(f"{row['method']:12s} {row['task']:6s} seed {row['seed']}  {metric} {row[metric]:.4f}  {row['seconds']} s", flush=True)
+            scored = f"{metric} {row[metric]:.4f}  {row['seconds']} s"
+            print(f"{row['method']:12s} {row['task']:6s} seed {row['seed']}  {scored}", flush=True)
     for (method, task), row in slowest(rows).items():
         if row["seconds"] > MINUTE and "alone" not in row:
             again = run(method, task, row["seed"], deadline, threads=2)

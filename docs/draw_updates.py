@@ -1,6 +1,6 @@
 """Draws docs/updates.png: the four updates beside W0, what is trained in one colour and what is frozen in another.
 
-    python docs/draw_updates.py
+python docs/draw_updates.py
 """
 
 import os
@@ -8,8 +8,8 @@ import os
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patches import Polygon, Rectangle  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.patches import Polygon, Rectangle
 
 FROZEN, TRAINED = "#c9ced6", "#e69f00"  # apart for the colour-blind, and in grey
 M, R = 3.0, 0.7  # a side of W0, and the rank
@@ -71,7 +71,8 @@ def triadapt(ax, x):
 
 def main():
     fig, axes = plt.subplots(2, 2, figsize=(9.6, 5.0))
-    panel(axes[0, 0], "task_tlora", "A from the SVD of W0 times the input's covariance;\nrank and scale s of each layer by sensitivity", task_tlora)
+    words = "A from the SVD of W0 times the input's covariance;\nrank and scale s of each layer by sensitivity"
+    panel(axes[0, 0], "task_tlora", words, task_tlora)
     panel(axes[0, 1], "tlora", "C and A random and frozen;\nthe middle and one scale are trained", tlora)
     panel(axes[1, 0], "tlora_plus", "all three trained,\neach with its own learning rate", tlora_plus)
     panel(axes[1, 1], "triadapt", "two triangles that let the rank grow\nwhere it matters, under a budget", triadapt)

@@ -16,7 +16,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification, Traine
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import triadapt  # noqa: E402
+import triadapt
 
 TARGETS = ["query", "key", "value", "dense"]
 STEPS = 60

@@ -5,6 +5,7 @@ then work on it as on our own. Needs the optional package `transformers`, and no
 """
 
 import os
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn as nn
@@ -19,12 +20,12 @@ CLASSES = {
 }
 
 
-def load(name_or_dir, kind, labels=(), dtype=torch.float32):
+def load(name_or_dir: str, kind: str, labels: Sequence[str] = (), dtype: torch.dtype = torch.float32):
     """(model, tokenizer) of a checkpoint for a `kind` of task; `labels` are a classification's class names.
 
-    In `dtype` (the head in float32) and in eval mode. Padding is on the right, with the end-of-text token where there is no other.
-    Conv1D layers (GPT-2) come as nn.Linear: see `delinearize`. A head of the checkpoint's own is kept if it
-    fits the task, else drawn at random. ValueError, in one line, if the checkpoint cannot serve.
+    In `dtype` (the head in float32) and in eval mode. Padding is on the right, with the end-of-text token where there is no
+    other. Conv1D layers (GPT-2) come as nn.Linear: see `delinearize`. A head of the checkpoint's own is kept if it fits the
+    task, else drawn at random. ValueError, in one line, if the checkpoint cannot serve.
     """
     try:
         import transformers
@@ -80,7 +81,7 @@ def load(name_or_dir, kind, labels=(), dtype=torch.float32):
 
 
 @torch.no_grad()
-def reorder_head(model, order):
+def reorder_head(model: nn.Module, order: list[int]) -> None:
     """Put the rows of a checkpoint's own head in the order of our class names: MNLI's classes come in three orders."""
     for name in head_modules(model):
         for layer in model.get_submodule(name).modules():
@@ -90,12 +91,12 @@ def reorder_head(model, order):
                     layer.bias.copy_(layer.bias[order])
 
 
-def drawn(report):
+def drawn(report: dict) -> set[str]:
     """Names of what from_pretrained drew at random: not in the checkpoint, or of another shape there."""
     return set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
 
 
-def accept_drawn(model, names, place, kind):
+def accept_drawn(model: nn.Module, names: Collection[str], place: str, kind: str) -> None:
     """What the checkpoint lacks was drawn at random. That must be the head, or a layer beside the blocks that counts as
     head then: BERT's pooler, when the checkpoint is a masked language model. Anything else would be noise in the
     middle of the model: ValueError."""
@@ -107,7 +108,7 @@ def accept_drawn(model, names, place, kind):
             raise ValueError(f"{place}: not a checkpoint for {kind}: it lacks the weights of {name}")
 
 
-def prepare(tokenizer, model, place):
+def prepare(tokenizer, model: nn.Module, place: str) -> None:
     """Padding on the right, with a token for it. ValueError if the tokenizer is empty or not the model's."""
     # A checkpoint without tokenizer files gets an empty tokenizer from transformers, and no word.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -122,18 +123,18 @@ def prepare(tokenizer, model, place):
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders find a row's last token by it
 
 
-def linearize(model):
+def linearize(model: nn.Module) -> None:
     """Turn every Conv1D (n, m), GPT-2's transposed linear layer, into an nn.Linear (m, n), in place."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "Conv1D":  # by name, so that other models need no import
-            linear = nn.Linear(*module.weight.shape, device="meta").train(module.training)
+            linear = nn.Linear(*module.weight.shape, device="meta").train(module.training)  # type: ignore[misc]
             linear.weight = nn.Parameter(module.weight.detach().T.contiguous())
             linear.bias = module.bias
             linear.was_conv1d = True
             model.set_submodule(name, linear)
 
 
-def delinearize(model):
+def delinearize(model: nn.Module) -> None:
     """Undo `linearize`, in place: before save_pretrained, or transformers reads the weights transposed."""
     for name, module in list(model.named_modules()):
         if getattr(module, "was_conv1d", False):
@@ -145,7 +146,7 @@ def delinearize(model):
             model.set_submodule(name, conv)
 
 
-def set_checkpointing(model):
+def set_checkpointing(model: nn.Module) -> None:
     """Recompute the blocks in backward instead of storing their activations; the gradients stay the same."""
     if isinstance(model, Transformer):
         model.checkpointing = True

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -84,11 +85,11 @@ NOTES = """
 PEFT asks the base for the number of classes, not the adapter: that is why the lines name them.
 """, """
 The base is a folder of the machine that trained: change `base_model_name_or_path` in adapter_config.json where it lies elsewhere.
-"""
+"""  # fmt: skip
 
 
 @torch.no_grad()
-def export_peft(run, path):
+def export_peft(run: Run, path: str) -> None:
     """Write adapter_config.json, adapter_model.safetensors and what stands beside them.
 
     Ranks differ by layer, so each layer stands in rank_pattern and alpha_pattern. ValueError for a method
@@ -141,7 +142,7 @@ def export_peft(run, path):
     print(f"PEFT adapter in {path}: {len(names)} layers, ranks {min(ranks.values())} to {max(ranks.values())}")
 
 
-def export_merged(run, path):
+def export_merged(run: Run, path: str) -> None:
     """Fold every dW into its weight and write a checkpoint for `from_pretrained`; the run's model is changed by it."""
     if run.layers:
         run.method.merge(run.model)
@@ -154,9 +155,9 @@ def export_merged(run, path):
 # ------------------------------------------------------------------------- what stands beside it
 
 
-def write_beside(run, path, what, peft):
+def write_beside(run: Run, path: str, what: str, peft: bool) -> None:
     """The tokenizer, and README.md: what it is, base, task, metrics, command, and the Python that loads it and predicts."""
-    run.tokenizer.source.save_pretrained(path)
+    run.tokenizer.source.save_pretrained(path)  # type: ignore[union-attr]
     s, task, file = run.settings, run.task, os.path.join(run.settings.out or "", "metrics.jsonl")
     name, fit, scores = backbones.CLASSES[task.kind], "", ""
     imports = f"from transformers import {name}, AutoTokenizer"
@@ -185,7 +186,7 @@ def write_beside(run, path, what, peft):
     write_text(os.path.join(path, "README.md"), text)
 
 
-def ask(run):
+def ask(run: Run) -> str:
     """The lines of Python that predict, on the very tokens that the run would see."""
     task, tokenizer = run.task, run.tokenizer
     if task.kind == "lm":
@@ -204,7 +205,7 @@ def ask(run):
     return ASK.format(texts=texts, cut=cut, most=run.settings.max_length, types=types) + ANSWER[task.kind]
 
 
-def portable(command):
+def portable(command: str) -> str:
     """The command without the folders that its files lie in: they are there on one machine only."""
     words = [part for word in shlex.split(command) for part in (word.split("=", 1) if word.startswith("--") else [word])]
     return shlex.join(os.path.basename(os.path.normpath(w)) if flag in PLACES else w for flag, w in zip(["", *words], words))
@@ -214,7 +215,7 @@ def portable(command):
 
 
 @torch.no_grad()
-def from_peft(path, settings, task=None, force=False):
+def from_peft(path: str, settings, task: data.Task | None = None, force: bool = False) -> None:
     """Write a plain LoRA of PEFT's as the run `settings.out` of method lora. ValueError, in one line, for any other adapter.
 
     Without `task` it is what task.json says, which `export_peft` left. A layer of a lower rank gets rows of zeros, one of
@@ -260,25 +261,25 @@ def from_peft(path, settings, task=None, force=False):
     print(f"run of lora in {settings.out}: {len(layers)} layers, rank {rank}, task {task.name}")
 
 
-def read_plain(path):
+def read_plain(path: str) -> dict:
     """adapter_config.json with PEFT's defaults filled in. ValueError if it is not of a plain LoRA."""
     file = os.path.join(path, "adapter_config.json")
     adapter = read_json(file)
     if not isinstance(adapter, dict) or "peft_type" not in adapter:
         raise ValueError(f"{file}: PEFT did not write this")
     for key, value in adapter.items():
-        if value and key not in SET and value not in PLAIN.get(key, []):
+        if value and key not in SET and value not in PLAIN.get(key, []):  # type: ignore[operator]
             raise ValueError(f"{file}: {key} is {json.dumps(value)}: only a plain LoRA is read")
     filled = {"lora_alpha": 8, "lora_dropout": 0.0, "task_type": None, "base_model_name_or_path": None, **adapter}
     filled["alpha_pattern"] = adapter.get("alpha_pattern") or {}
     kinds = {"lora_alpha": float, "lora_dropout": float, "alpha_pattern": dict}
-    kinds |= {"task_type": str | None, "base_model_name_or_path": str | None}
+    kinds |= {"task_type": str | None, "base_model_name_or_path": str | None}  # type: ignore[dict-item]
     typed(kinds, {key: filled[key] for key in kinds}, file)
     typed(dict.fromkeys(filled["alpha_pattern"], float), filled["alpha_pattern"], f"{file}: alpha_pattern")
     return filled
 
 
-def read_lora(file, heads):
+def read_lora(file: str, heads: Sequence[str]) -> tuple[dict[str, list[torch.Tensor]], dict[str, torch.Tensor]]:
     """({layer: (A, B)}, {name: tensor} of the head) of adapter_model.safetensors, in float32. No pickle is ever read."""
     if not os.path.exists(file):
         raise ValueError(f"{file} does not exist, and no other format is read")

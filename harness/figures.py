@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -52,21 +53,21 @@ def pyplot():
     return plt
 
 
-def meaning(method, quantity):
+def meaning(method: str, quantity: str) -> str:
     return WORDS.get((method, quantity)) or WORDS.get(quantity) or quantity.replace("_", " ")
 
 
-def sentence(words):
+def sentence(words: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def place(name):
+def place(name: str) -> tuple[str, str]:
     """(block, matrix) of a dotted layer name: ("blocks.0", "q_proj"). Without a number the block is ""."""
     match = re.match(r"^(.*?\d+)(?:\.(.*))?$", name)
     return (match[1], match[2] or "") if match else ("", name)
 
 
-def short(names, least=1):
+def short(names: Iterable[str], least: int = 1) -> dict[str, str]:
     """{name: its last dotted parts, `least` of them or as many as no other name ends in}."""
     parts = {name: name.split(".") for name in names}
 
@@ -79,14 +80,14 @@ def short(names, least=1):
     return {name: tail(name) for name in parts}
 
 
-def layer_words(names):
+def layer_words(names: Iterable[str]) -> dict[str, str]:
     """{layer: block and matrix in as few words as tell them apart}."""
     places = {name: place(name) for name in names}
     blocks, matrices = short([p[0] for p in places.values()], 2), short([p[1] for p in places.values()])
     return {name: f"{blocks[block]} {matrices[matrix]}".strip() for name, (block, matrix) in places.items()}
 
 
-def save(fig, out, name, title, caption):
+def save(fig, out: str, name: str, title: str, caption: str) -> str:
     """The figure with a sentence above it and the meanings below; the sentence goes into the PNG too."""
     inches = fig.get_figwidth()
     title = title.replace(" %", "\u00a0%")  # not at the start of a line
@@ -99,7 +100,7 @@ def save(fig, out, name, title, caption):
     return name
 
 
-def draw(run, progress, compared=None):
+def draw(run: Run, progress: folder.Progress, compared: tuple[str, dict[str, torch.Tensor]] | None = None) -> list[str]:
     """All figures of a run, into its folder; their names. `compared` is (words, {layer: dW}) of another run, drawn along."""
     out, method, last = run.settings.out, run.settings.method, progress.history[-1]
     watched = [row for row in progress.layers if "event" not in row]
@@ -122,7 +123,7 @@ def draw(run, progress, compared=None):
     return [name for name in drawn if name]
 
 
-def low_rank(layer):
+def low_rank(layer: torch.nn.Module) -> bool:
     """Whether the layer's update is a product of two thin factors: DoRA's is none, an adapter behind a layer neither."""
     try:
         return bool(layer.factors())
@@ -130,7 +131,7 @@ def low_rank(layer):
         return False
 
 
-def rank_history(rows, start):
+def rank_history(rows: Sequence[dict], start: int | None) -> list[tuple[int, dict[str, int]]]:
     """[(step, {layer: rank})]: the start, then whenever a rank changed: at events, or, of a method without, at evaluations.
 
     Methods whose events name what "grown" start every layer with the rank `start`, as step 0.
@@ -145,7 +146,7 @@ def rank_history(rows, start):
     return history
 
 
-def curves(out, history, headline, ranks):
+def curves(out: str, history: Sequence[dict], headline: str | None, ranks: Sequence[tuple[int, dict[str, int]]]) -> str:
     """Loss, the headline metric and, where it changes, the total rank, over the steps."""
     plt, totals = pyplot(), [sum(row.values()) for _, row in ranks]
     panels = 1 + bool(headline) + (len(set(totals)) > 1)
@@ -174,7 +175,7 @@ def curves(out, history, headline, ranks):
     return save(fig, out, "curves.png", title, "Training loss: mean over the steps since the last evaluation.")
 
 
-def scale(values):
+def scale(values: torch.Tensor) -> dict:
     """How numbers become colours: dark to light or, if some are negative, blue to red, white at 0, by the root of their size."""
     from matplotlib import colors
 
@@ -186,7 +187,7 @@ def scale(values):
     return {"cmap": "RdBu_r", "norm": colors.FuncNorm(root, -bound, bound)}
 
 
-def paint(ax, table, how, cell=None):
+def paint(ax, table: torch.Tensor, how: dict, cell: Callable[[int, int], str] | None = None):
     """A (rows, columns) table as colours; cell(i, j) is written inside, where there is one."""
     image = ax.imshow(table.numpy(), aspect="auto", interpolation="nearest", **how)
     for i, j in (~table.isnan()).nonzero().tolist() if cell else ():
@@ -195,14 +196,14 @@ def paint(ax, table, how, cell=None):
     return image
 
 
-def bar(ax, image):
+def bar(ax, image) -> None:
     """The colour bar: whole numbers for ranks, zero in the middle where some numbers are negative."""
     low, high = image.norm.vmin, image.norm.vmax
     ticks = [low, low / 4, 0, high / 4, high] if image.cmap.name == "RdBu_r" else pyplot().MaxNLocator(6)
     ax.figure.colorbar(image, ax=ax, pad=0.02, ticks=ticks, format="%.3g")
 
 
-def blocks_by_matrices(ax, values, how):
+def blocks_by_matrices(ax, values: Mapping[str, float], how: dict):
     """{layer: number} as blocks x matrices, each written into its cell if there are not too many."""
     places = {name: place(name) for name in values}
     blocks, matrices = (list(dict.fromkeys(p[i] for p in places.values())) for i in (0, 1))
@@ -216,7 +217,7 @@ def blocks_by_matrices(ax, values, how):
     return image
 
 
-def layers_by_steps(ax, rows, how, cell=None):
+def layers_by_steps(ax, rows: Sequence[tuple[int, dict[str, float]]], how: dict, cell: Callable | None = None) -> None:
     """[(step, {layer: number})] as layers x steps: ticks as many as there is room for, a line between blocks."""
     names, steps = list(rows[0][1]), [step or "start" for step, _ in rows]
     table = torch.tensor([[values[name] for _, values in rows] for name in names], dtype=torch.float64)
@@ -231,12 +232,12 @@ def layers_by_steps(ax, rows, how, cell=None):
     bar(ax, image)
 
 
-def tall(names):
+def tall(names: Collection[str]) -> float:
     """Inches for a row per layer."""
     return max(2.8, min(0.15 * len(names), 24.0) + 1.5)
 
 
-def maps(rows, cell=None):
+def maps(rows: Sequence[tuple[int, dict]], cell: Callable | None = None) -> tuple:
     """(figure, axes): the last values as blocks x matrices and, if they changed, beside it every layer over the steps."""
     last, how = rows[-1][1], scale(torch.tensor([list(values.values()) for _, values in rows], dtype=torch.float64))
     changed = any(values != last for _, values in rows)
@@ -252,8 +253,9 @@ def maps(rows, cell=None):
     return fig, axes[0]
 
 
-def growth(out, ranks):
+def growth(out: str, ranks: Sequence[tuple[int, dict[str, int]]]) -> str:
     """ranks.png: at each step where ranks changed, which layer from which rank to which; left, where that ended."""
+
     def change(rows, name, j):
         before, now = rows[max(j - 1, 0)][1][name], rows[j][1][name]
         return f"{before}→{now}" if before != now else ""
@@ -266,12 +268,13 @@ def growth(out, ranks):
     top = [word for name, word in layer_words(last).items() if last[name] == most]
     title = f"Ranks {'grew' if end >= start else 'shrank'} at {len(ranks) - 1} step{'s' * (len(ranks) > 2)}, "
     title += f"from {start} to {end} in all; "
-    title += f"highest in the end: {' and '.join(top)}, at {most}" if len(top) < 3 else f"{len(top)} layers ended highest, at {most}"
+    highest = f"highest in the end: {' and '.join(top)}" if len(top) < 3 else f"{len(top)} layers ended highest"
+    title += f"{highest}, at {most}"
     caption = f"{sentence(meaning('', 'ranks'))}. 1→5: a rank of 1 became 5 at this step."
     return save(fig, out, "ranks.png", title, caption)
 
 
-def importance(out, events, words):
+def importance(out: str, events: Sequence[tuple[int, dict]], words: str) -> str:
     """importance.png: every layer's score at each growth event, zero in white, with a dot where that layer then grew."""
     rows = [(step, event["scores"]) for step, event in events]
     names, steps = list(rows[0][1]), len(rows)
@@ -282,13 +285,13 @@ def importance(out, events, words):
     ax.scatter(*zip(*grown), s=14, color="black", edgecolors="white", linewidths=0.6)
     ax.set_xlabel("step of the growth event")
     j, i = divmod(table.argmax().item(), len(names))
-    title = f"The score that decides what grows was highest in {layer_words(names)[names[i]]} at step {rows[j][0]} "
+    title = f"The score that decides what grows was highest in {layer_words(names)[names[i]]} at step {rows[j][0]} "  # type: ignore[index]
     title += f"({table.max():.2g}); {(table < 0).sum()} of {table.numel()} scores were negative"
     title = title if (table != table[0, 0]).any() else f"Every layer had the same score at every event, {table[0, 0]:.2g}"
     return save(fig, out, "importance.png", title, f"Colour: {words}. Dot: the layer grew at this event.")
 
 
-def heat_map(out, quantity, rows, words):
+def heat_map(out: str, quantity: str, rows: Sequence[tuple[int, dict[str, float]]], words: str) -> str:
     """A quantity that the method watches: maps of its values at the evaluations."""
     step, last = rows[-1]
     fig, axes = maps(rows)
@@ -305,7 +308,7 @@ def heat_map(out, quantity, rows, words):
 
 
 @torch.no_grad()
-def histograms(out, layers, form):
+def histograms(out: str, layers: Mapping[str, torch.nn.Module], form: str) -> str:
     """histograms.png of the entries of W0, dW and each matrix of the adapters, all layers pooled."""
     pools = {}
     for layer in layers.values():
@@ -314,7 +317,7 @@ def histograms(out, layers, form):
         for key, value in {"W0": layer.base.weight, "dW": P @ Q, **own}.items():
             values = value.float().cpu().flatten()
             pools.setdefault(key, []).append(values[:: max(1, len(values) // 200_000)])  # enough for a histogram
-    pools = {key: torch.cat(values) for key, values in pools.items()}
+    pools = {key: torch.cat(values) for key, values in pools.items()}  # type: ignore[arg-type]
     plt, columns = pyplot(), min(3, len(pools))
     rows = math.ceil(len(pools) / columns)
     fig, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 1.9 * rows + 1.1), squeeze=False)
@@ -336,7 +339,9 @@ def histograms(out, layers, form):
 
 
 @torch.no_grad()
-def eigenvalues(out, layers, compared=None):
+def eigenvalues(
+    out: str, layers: Mapping[str, torch.nn.Module], compared: tuple[str, dict[str, torch.Tensor]] | None = None
+) -> str | None:
     """eigenvalues.png of the square layers' W0 and W0 + dW, if these are spread differently by more than chance would have it:
     the Kolmogorov-Smirnov distance is above its 5 % point. `compared` is (words, {layer: dW}) of another run, drawn along."""
     square = [name for name, layer in layers.items() if len(set(layer.base.weight.shape)) == 1]
@@ -350,7 +355,7 @@ def eigenvalues(out, layers, compared=None):
         P, Q = (f.float().cpu() for f in layers[name].factors())
         updates["W0 + dW"][name] = P @ Q
     if compared:
-        updates[f"W0 + dW of {compared[0]}"] = compared[1]
+        updates[f"W0 + dW of {compared[0]}"] = compared[1]  # type: ignore[assignment]
     sizes = {words: torch.cat([torch.linalg.eigvals(weights[n] + dW[n]).abs() for n in square]).sort().values
              for words, dW in updates.items()}  # fmt: skip
     count = len(sizes["W0"])
@@ -368,7 +373,7 @@ def eigenvalues(out, layers, compared=None):
     return save(fig, out, "eigenvalues.png", title, "W0: frozen weights; dW: what training adds to them.")
 
 
-def spectrum(out, method):
+def spectrum(out: str, method: str) -> str:
     """spectrum.png: what each layer's start was made from, from plan.json: a line for each kind of matrix, the median over
     the blocks, and a band from the least to the largest; kinds whose spectra are the same share one. The largest = 1."""
     with open(os.path.join(out, "plan.json"), encoding="utf-8") as file:
@@ -400,7 +405,7 @@ def spectrum(out, method):
     return save(fig, out, "spectrum.png", title, f"{sentence(meant)}. Line: median over blocks; band: least to largest.")
 
 
-def redraw(out):
+def redraw(out: str) -> list[str]:
     """Draw the figures of a finished run again, from its folder; their names. A PNG of it that is no longer drawn goes."""
     run = Run.open(out)
     run.settings.out = out
@@ -422,7 +427,7 @@ def redraw(out):
     return drawn
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     words = "draws the figures of a finished run again"
     return on_a_run("figures", words, lambda out: f"{out}: {', '.join(redraw(out))}", argv)
 

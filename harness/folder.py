@@ -17,6 +17,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,18 +38,20 @@ FILES = {
     "curves.png", "histograms.png", "eigenvalues.png", "spectrum.png", "report.html",
 }  # fmt: skip
 # Settings that change no number of a run.
-FREE = {"resume", "overwrite", "out", "save_every", "no_figures", "compare", "save_base", "export_peft", "export_merged", "options"}
+FREE = {
+    "resume", "overwrite", "out", "save_every", "no_figures", "compare", "save_base", "export_peft", "export_merged", "options",
+}  # fmt: skip
 CONFIG = {
     "settings": dict, "task": dict, "layers": list[str], "max_new": int, "base": str | None, "tokenizer": str, "rows": str,
     "held_out": list[str] | None, "command": str, "versions": dict, "finished": dict | None,
 }  # fmt: skip
 
 
-def write_json(path, value):
+def write_json(path: str, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_lines(path, rows):
+def write_lines(path: str, rows: Iterable[dict]) -> None:
     """JSON lines, written as a whole."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -69,7 +72,7 @@ def read_json(path):
 # ------------------------------------------------------------------------- config.json
 
 
-def read_config(out):
+def read_config(out: str) -> dict:
     """config.json of a run folder, its settings as Settings, its task's fields checked. ValueError in one line."""
     path = os.path.join(out, "config.json")
     if not os.path.exists(path):
@@ -82,16 +85,16 @@ def read_config(out):
     return config
 
 
-def essence(config):
+def essence(config: dict) -> dict:
     """{name: value} of all in a config that a run's numbers depend on."""
     settings = config["settings"]
-    settings = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings
+    settings = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings  # type: ignore[arg-type]
     task = {f"task {key}": value for key, value in config["task"].items()}
     kept = {key: value for key, value in settings.items() if key not in FREE}
     return {**kept, **settings["options"], **task, **{key: config[key] for key in ("base", "tokenizer", "rows", "max_new")}}
 
 
-def difference(before, now):
+def difference(before: dict, now: dict) -> str | None:  # type: ignore[return]
     """The first thing in which two essences differ, in words, or None."""
     for key in sorted(before.keys() | now.keys()):
         a, b = (json.dumps(e.get(key)) for e in (before, now))  # tuples and lists are the same in JSON
@@ -99,14 +102,14 @@ def difference(before, now):
             return f"{key} {shorten(before.get(key))}, now {shorten(now.get(key))}"
 
 
-def shorten(value):
+def shorten(value: object) -> object:
     return value[:12] if isinstance(value, str) and len(value) == 64 else value  # a sha256
 
 
 # ------------------------------------------------------------------------- whose folder it is
 
 
-def written(out):
+def written(out: str) -> list[str]:
     """Names of the files in folder `out` that a run wrote there. ValueError if any is somebody else's.
 
     A folder is a run's if its config.json is; what is in it beside the files of a run makes it unfit for another.
@@ -127,7 +130,7 @@ def written(out):
 
 
 @contextlib.contextmanager
-def lock(out):
+def lock(out: str) -> Iterator[None]:
     """Keep other runs out of the folder until this process ends, however it ends. ValueError if one is in it."""
     os.makedirs(out, exist_ok=True)
     if fcntl is None:
@@ -144,7 +147,7 @@ def lock(out):
         os.close(held)
 
 
-def clear(out, config):
+def clear(out: str, config: dict) -> None:
     """Make `out` the folder of a new run: its config.json, and none of the files of an earlier run."""
     for name in written(out):
         if name != "config.json":  # it marks the folder as a run's until the new one takes its place
@@ -165,11 +168,11 @@ class Progress:
     losses: list = field(default_factory=list)  # of the steps since the last evaluation
 
 
-def state_path(out):
+def state_path(out: str) -> str:
     return os.path.join(out, "state.safetensors")
 
 
-def save(run, progress, optimizer):
+def save(run, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
     """The state of the run, whole or not at all."""
     groups = optimizer.state_dict()
     tensors = {f"adapter.{name}": t for name, t in adapter_state(run.model, run.keep).items()}
@@ -182,7 +185,7 @@ def save(run, progress, optimizer):
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     about = {
         **vars(progress), "names": run.layers, "essence": essence(run.config()), "groups": groups["param_groups"],
-        "python": [version, list(keys), gauss], "numpy": [name, words.tolist(), *rest],
+        "python": [version, list(keys), gauss], "numpy": [name, words.tolist(), *rest],  # type: ignore[attr-defined]
     }  # fmt: skip
     sealed.write(state_path(run.settings.out), tensors, about)
 
@@ -190,10 +193,10 @@ def save(run, progress, optimizer):
 class Saver:
     """Saves the state every `save_every` steps or, by default, as often as costs a hundredth of the time."""
 
-    def __init__(self, run, progress, optimizer):
+    def __init__(self, run, progress: Progress, optimizer: torch.optim.Optimizer):
         self.parts, self.cost, self.last = (run, progress, optimizer), 0.0, time.perf_counter()
 
-    def due(self):
+    def due(self) -> bool:
         run, progress, _ = self.parts
         if not parallel.first():
             return False
@@ -201,7 +204,7 @@ class Saver:
             return progress.step % run.settings.save_every == 0
         return time.perf_counter() - self.last > 100 * self.cost
 
-    def save(self):
+    def save(self) -> None:
         if not parallel.first():
             return
         start = time.perf_counter()
@@ -210,7 +213,7 @@ class Saver:
         self.cost = self.last - start
 
 
-def kept(out):
+def kept(out: str) -> str:
     """What a run that stopped has left, in words."""
     try:
         step = load_state(out)[2]["step"]
@@ -219,7 +222,7 @@ def kept(out):
     return f"{out} keeps the state after step {step}, the same command with --resume goes on from it"
 
 
-def load_state(out):
+def load_state(out: str) -> tuple[dict[str, torch.Tensor], dict, dict]:
     """(adapter, optimizer state_dict, the rest) of a run that did not finish. ValueError in one line if there is none."""
     if not os.path.exists(state_path(out)):
         raise ValueError(f"nothing to resume: {state_path(out)} does not exist")
@@ -236,7 +239,7 @@ def load_state(out):
     return adapter, {"state": states, "param_groups": about.pop("groups")}, about
 
 
-def restore(optimizer, state, about):
+def restore(optimizer: torch.optim.Optimizer, state: dict, about: dict) -> Progress:
     """Put a saved state into the optimizer and the random generators; returns the Progress."""
     optimizer.load_state_dict(state)
     torch.set_rng_state(about["random"]["torch"])
@@ -249,7 +252,7 @@ def restore(optimizer, state, about):
     return Progress(*(about[f.name] for f in dataclasses.fields(Progress)))
 
 
-def state_to_resume(run):
+def state_to_resume(run) -> tuple[dict[str, torch.Tensor], dict, dict] | None:
     """What `load_state` gives, to go on from, or None to start anew; ValueError if that would lose something.
 
     A finished run of the same settings is run again; another run is replaced only with --overwrite, and a
@@ -272,7 +275,7 @@ def state_to_resume(run):
     return state
 
 
-def finish(run, progress):
+def finish(run, progress: Progress) -> None:
     """The files of a finished run, and the mark that it is one. The state goes when all else is done."""
     out = run.settings.out
     about = {"essence": essence(run.config()), "names": run.layers, "step": progress.step}
@@ -283,7 +286,7 @@ def finish(run, progress):
     write_json(os.path.join(out, "config.json"), config)
 
 
-def read_run(out):
+def read_run(out: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """(config, adapter) of a run folder that belong together: of the finished run, or of the last state of a stopped one."""
     config = read_config(out)
     if config["finished"]:
@@ -303,7 +306,7 @@ def read_run(out):
 # ------------------------------------------------------------------------- the adapter
 
 
-def adapter_state(model, keep=()):
+def adapter_state(model: torch.nn.Module, keep: Iterable[str] = ()) -> dict[str, torch.Tensor]:
     """{name: tensor}: every trained parameter, all that an adapted layer holds besides its base, and all of the
     modules named in `keep` ("" is the whole model): a random head that stays frozen cannot be had again."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -317,7 +320,7 @@ def adapter_state(model, keep=()):
     return state
 
 
-def load_adapter_state(model, state, keep=()):
+def load_adapter_state(model: torch.nn.Module, state: dict[str, torch.Tensor], keep: Collection[str] = ()) -> None:
     """Put `adapter_state` back into a model with the same layers wrapped.
 
     ValueError if names, types or shapes differ, or a number is not finite.
@@ -338,7 +341,7 @@ def load_adapter_state(model, state, keep=()):
         raise ValueError(f"adapter and model do not fit: {len(odd)} names differ, such as {odd[0]}")
 
 
-def seed_everything(seed):
+def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

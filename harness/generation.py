@@ -1,12 +1,16 @@
 """Text one token at a time: sampled, or as it comes, for predict.py. Greedy answers by the batch are model.generate's."""
 
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 
 from model import Cache, Transformer
 
 
 @torch.no_grad()
-def tokens(model, prompt, max_new, stop_id, pick):
+def tokens(
+    model: torch.nn.Module, prompt: list[int], max_new: int, stop_id: int, pick: Callable[[torch.Tensor], int]
+) -> Iterator[int]:
     """The ids that a causal language model in eval mode writes behind `prompt` (ids), each as soon as it is there, until
     `stop_id` (not given) or max_new. pick(logits (V,)) chooses; keys and values are kept, so that each step reads one token."""
     device, ours = next(model.parameters()).device, isinstance(model, Transformer)
@@ -24,7 +28,7 @@ def tokens(model, prompt, max_new, stop_id, pick):
         ids = torch.tensor([[new]], device=device)
 
 
-def sampler(temperature=0.0, top_p=1.0, seed=0):
+def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Callable[[torch.Tensor], int]:
     """pick(logits) -> id: the likeliest at temperature 0, else drawn from softmax(logits / temperature) among the fewest
     tokens whose probabilities sum to top_p (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751)."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +43,7 @@ def sampler(temperature=0.0, top_p=1.0, seed=0):
     return pick
 
 
-def text_as_it_comes(tokenizer, ids):
+def text_as_it_comes(tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Pieces of the text of an iterator of ids; a character of several tokens waits until it is whole."""
     seen, shown = [], ""
     for i in ids:

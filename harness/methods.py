@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+from collections.abc import Callable, Mapping
 
 # method: (module, what it is, learning rate, weight decay). The rates were chosen on seeds that no table uses
 # (bench/rates.md); the decays are the papers' where a paper names one.
@@ -67,12 +68,12 @@ FROM_RUN = {
 ONLY_WITH = {"fixed_k": ("mode", "fixed")}
 
 
-def module(name):
+def module(name: str):
     """The module of a method, with its verbs."""
     return importlib.import_module(METHODS[name][0])
 
 
-def options(name):
+def options(name: str) -> dict[str, tuple]:
     """{option: (type, default, help)} of a method: the keyword arguments of its inject and calibrate."""
     found = {}
     for verb in ("inject", "calibrate"):
@@ -87,11 +88,11 @@ def options(name):
     return found
 
 
-def accepted(function, values):
+def accepted(function: Callable, values: Mapping[str, object]) -> dict:
     """Those of the options that a verb takes."""
     return {key: value for key, value in values.items() if key in inspect.signature(function).parameters}
 
 
-def takes_targets(name):
+def takes_targets(name: str) -> bool:
     """Whether the method wraps layers; those that do not have a default for the targets that they never look at."""
     return inspect.signature(module(name).inject).parameters["targets"].default is inspect.Parameter.empty

@@ -4,6 +4,7 @@ import math
 import re
 import string
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch
 MAX_ANSWER = 30  # tokens of a predicted span, as in BERT's SQuAD code
 
 
-def predictions(task, rows, logits):
+def predictions(task, rows: Sequence[tuple], logits: torch.Tensor) -> tuple[list, list]:
     """(answers, probabilities) for some rows, (feature, Example) each, from their logits, one each:
 
     class indices and lists over classes from (B, C); scores and None from (B,); texts, "" where [CLS] beats the best
@@ -29,7 +30,7 @@ def predictions(task, rows, logits):
     raise ValueError(f"task {task.name} generates text; there is no prediction in one batch of logits")
 
 
-def best_span(offsets, context, scores):
+def best_span(offsets: Sequence, context: str, scores: np.ndarray) -> tuple[str, int, int]:
     """(text, first token, last token) of the best span of the context, ("", 0, 0) for no answer; scores (T, 2)."""
     tokens = [t for t, place in enumerate(offsets) if place]
     if not tokens:
@@ -44,7 +45,7 @@ def best_span(offsets, context, scores):
     return context[offsets[first][0] : offsets[last][1]].strip(), first, last
 
 
-def score(task, examples, predictions):
+def score(task, examples: Sequence, predictions: Sequence) -> dict[str, float]:
     """{metric: value} in the order of task.metrics, the headline first. predictions, one for each
     example: class indices, scores, answers as text."""
     labels = [e.label for e in examples]
@@ -54,38 +55,38 @@ def score(task, examples, predictions):
         raise ValueError(f"task {task.name}: the examples have no labels to score against")
     if task.kind == "regression" and not np.isfinite(predictions).all():
         raise ValueError(f"prediction of row {int(np.argmin(np.isfinite(predictions)))} is not finite")
-    return {name: float(METRICS[task.kind][name](labels, predictions)) for name in task.metrics}
+    return {name: float(METRICS[task.kind][name](labels, predictions)) for name in task.metrics}  # type: ignore[index]
 
 
-def accuracy(labels, predictions):
+def accuracy(labels: Sequence, predictions: Sequence) -> float:
     return np.mean(np.asarray(labels) == np.asarray(predictions))
 
 
-def confusion(labels, predictions, positive=1):
+def confusion(labels: Sequence, predictions: Sequence, positive: int = 1) -> tuple[int, int, int, int]:
     """(true positive, false positive, false negative, true negative) counts as exact ints."""
     y, p = np.asarray(labels) == positive, np.asarray(predictions) == positive
     return int((y & p).sum()), int((~y & p).sum()), int((y & ~p).sum()), int((~y & ~p).sum())
 
 
-def f1(labels, predictions, positive=1):
+def f1(labels: Sequence, predictions: Sequence, positive: int = 1) -> float:
     """F1 of one class; 0 if it is neither there nor predicted."""
     tp, fp, fn, _ = confusion(labels, predictions, positive)
     return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
 
 
-def macro_f1(labels, predictions):
+def macro_f1(labels: Sequence, predictions: Sequence) -> float:
     """Mean F1 of the classes that are there or predicted."""
-    return np.mean([f1(labels, predictions, c) for c in sorted({*labels, *predictions})])
+    return np.mean([f1(labels, predictions, c) for c in sorted({*labels, *predictions})])  # type: ignore[return-value]
 
 
-def matthews(labels, predictions):
+def matthews(labels: Sequence, predictions: Sequence) -> float:
     """Matthews correlation of two classes; 0 if labels or predictions are all the same."""
     tp, fp, fn, tn = confusion(labels, predictions)
     under = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     return (tp * tn - fp * fn) / math.sqrt(under) if under else 0.0
 
 
-def pearson(labels, predictions):
+def pearson(labels: Sequence, predictions: Sequence) -> float:
     """Pearson correlation; 0 if one side is constant."""
     x, y = (np.asarray(v, dtype=np.float64) for v in (labels, predictions))
     if np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -95,7 +96,7 @@ def pearson(labels, predictions):
     return np.clip(x @ y / math.sqrt((x @ x) * (y @ y)), -1.0, 1.0)
 
 
-def spearman(labels, predictions):
+def spearman(labels: Sequence, predictions: Sequence) -> float:
     """Pearson correlation of the ranks; ties share their average rank."""
 
     def ranks(values):
@@ -105,17 +106,17 @@ def spearman(labels, predictions):
     return pearson(ranks(labels), ranks(predictions))
 
 
-def normalize_answer(text):
+def normalize_answer(text: str) -> str:
     """SQuAD's official comparison form: lower case, no punctuation, no articles, single spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def answer_em(gold, answer):
+def answer_em(gold: str, answer: str) -> float:
     return float(normalize_answer(gold) == normalize_answer(answer))
 
 
-def answer_f1(gold, answer):
+def answer_f1(gold: str, answer: str) -> float:
     """F1 of the words in common; where one side has no words, 1 if both have none."""
     gold, answer = normalize_answer(gold).split(), normalize_answer(answer).split()
     if not gold or not answer:
@@ -124,7 +125,7 @@ def answer_f1(gold, answer):
     return 2 * common / (len(gold) + len(answer))
 
 
-def over_answers(compare):
+def over_answers(compare: Callable[[str, str], float]) -> Callable[[Sequence, Sequence], float]:
     """Mean over questions of the best comparison with one of the answers; no answer is ''."""
 
     def metric(labels, predictions):
@@ -134,21 +135,21 @@ def over_answers(compare):
     return metric
 
 
-def final_number(text):
+def final_number(text: str) -> str | None:
     """What GSM8K's official code compares: the number after the first '#### ', commas removed."""
     match = re.search(r"#### (-?[0-9.,]+)", text)
-    return match and match[1].replace(",", "")
+    return match and match[1].replace(",", "")  # type: ignore[return-value]
 
 
-def math_em(labels, predictions):
-    return np.mean([final_number(label) == final_number(p) for label, p in zip(labels, predictions)])
+def math_em(labels: Sequence[str], predictions: Sequence[str]) -> float:
+    return np.mean([final_number(label) == final_number(p) for label, p in zip(labels, predictions)])  # type: ignore[return-value]
 
 
-def exact_match(labels, predictions):
-    return np.mean([label.strip() == p.strip() for label, p in zip(labels, predictions)])
+def exact_match(labels: Sequence[str], predictions: Sequence[str]) -> float:
+    return np.mean([label.strip() == p.strip() for label, p in zip(labels, predictions)])  # type: ignore[return-value]
 
 
-def last_number(labels, predictions):
+def last_number(labels: Sequence[str], predictions: Sequence[str]) -> float:
     """As GSM8K is scored when answers are free text: the last number of both, commas removed, as numbers."""
 
     def number(text):
@@ -158,7 +159,7 @@ def last_number(labels, predictions):
     return np.mean([number(p) is not None and number(label) == number(p) for label, p in zip(labels, predictions)])
 
 
-def boxed(labels, predictions):
+def boxed(labels: Sequence[str], predictions: Sequence[str]) -> float:
     r"""As MATH is scored: what stands in the last \boxed{..}, spaces aside; where a label has none, all of it."""
 
     def inside(text):
@@ -182,5 +183,3 @@ METRICS = {
     "span": {"f1": over_answers(answer_f1), "em": over_answers(answer_em)},
     "lm": {"em": math_em, "exact_match": exact_match, "last_number": last_number, "boxed": boxed, "choice": exact_match},
 }
-
-

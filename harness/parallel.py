@@ -13,6 +13,8 @@ import atexit
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -20,21 +22,21 @@ import torch.distributed as dist
 BUCKET = 2**25  # numbers that are summed at once
 
 
-def count():
+def count() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def number():
+def number() -> int:
     """Which of them this is, from 0."""
     return dist.get_rank() if count() > 1 else 0
 
 
-def first():
+def first() -> bool:
     return number() == 0
 
 
-def start():
+def start() -> None:
     """Join the processes that torchrun started, if it did. All but the first fall silent on standard output."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or count() > 1:
         return
@@ -52,13 +54,13 @@ def start():
 class Plain:
     """A stream that is no terminal: no progress bar is drawn on it."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO):
         self.stream = stream
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def isatty(self):
+    def isatty(self) -> bool:
         return False
 
 
@@ -67,7 +69,7 @@ class Ended(Exception):
 
 
 @contextlib.contextmanager
-def together():
+def together() -> Iterator[None]:
     """What is done with the other processes."""
     try:
         yield
@@ -75,22 +77,22 @@ def together():
         raise Ended(f"another process of this training has ended ({str(e).splitlines()[0]})") from e
 
 
-def wait():
+def wait() -> None:
     """Until every process has come here."""
     gather(None)
 
 
-def gather(value):
+def gather(value: Any) -> list:
     """What each process gives, as a list by number. The values are pickled: lists and numbers."""
     if count() == 1:
         return [value]
-    found = [None] * count()
+    found: list = [None] * count()
     with together():
         dist.all_gather_object(found, value)
     return found
 
 
-def agreed(value):
+def agreed(value: Any) -> Any:
     """What the first process has, for all of them."""
     if count() == 1:
         return value
@@ -100,7 +102,7 @@ def agreed(value):
     return held[0]
 
 
-def part(batch, labelled):
+def part(batch: dict, labelled: Callable[[dict], int]) -> tuple[dict, int]:
     """(this process's rows of a batch, how many labels they have). If that is none, the whole batch and 0."""
     if count() == 1:
         return batch, labelled(batch)
@@ -110,7 +112,7 @@ def part(batch, labelled):
 
 
 @contextlib.contextmanager
-def drawing(*seed):
+def drawing(*seed: int) -> Iterator[None]:
     """What is drawn inside differs by process and depends on these whole numbers alone."""
     if count() == 1:
         yield
@@ -120,7 +122,7 @@ def drawing(*seed):
         yield
 
 
-def add_up(params, loss):
+def add_up(params: list[torch.Tensor], loss: torch.Tensor) -> None:
     """Sum the gradients, in few large buckets, and the loss, a scalar, over the processes, in place."""
     if count() == 1:
         return
@@ -136,9 +138,9 @@ def add_up(params, loss):
                 t.copy_(total.view_as(t))
 
 
-def buckets(tensors):
+def buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Lists of tensors of one type, of at most BUCKET numbers or one tensor each."""
-    full = []
+    full: list[torch.Tensor] = []
     for t in sorted(tensors, key=lambda t: str(t.dtype)):
         if full and (t.dtype != full[0].dtype or sum(map(torch.Tensor.numel, full)) + t.numel() > BUCKET):
             yield full

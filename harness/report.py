@@ -8,6 +8,7 @@ import html
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 
 from harness import folder
 from harness.methods import METHODS
@@ -30,7 +31,7 @@ FIRST = ["curves.png", "ranks.png", "importance.png"]  # then the quantities wat
 LATER = ["histograms.png", "eigenvalues.png", "spectrum.png"]
 
 
-def text(value):
+def text(value: object) -> str:
     """Any value as escaped text."""
     if value is None or isinstance(value, bool):
         value = {None: "–", True: "yes", False: "no"}[value]
@@ -41,13 +42,13 @@ def text(value):
     return html.escape(str(value))
 
 
-def pairs(values):
+def pairs(values: Mapping[str, object]) -> str:
     """{name: value} as a table of two columns."""
     rows = "\n".join(f"<tr><th scope='row'>{text(key)}</th><td>{text(value)}</td></tr>" for key, value in values.items())
     return f"<div class='wide'><table>\n{rows}\n</table></div>"
 
 
-def metrics(history, headline):
+def metrics(history: Sequence[dict], headline: str) -> str:
     """A row per evaluation; the best of the headline metric is bold."""
     names = list(dict.fromkeys(name for row in history for name in row))
     best = best_of(history, headline)
@@ -60,22 +61,22 @@ def metrics(history, headline):
     return f"<div class='wide'><table class='metrics'>\n<tr>{head}</tr>\n{rows}\n</table></div>"
 
 
-def best_of(history, headline):
+def best_of(history: Sequence[dict], headline: str) -> dict:
     return (min if headline == "dev_loss" else max)(history, key=lambda row: row[headline])
 
 
-def figure(path):
+def figure(path: str) -> str:
     """A PNG inline; the sentence that it carries as its title describes it to those who do not see it."""
     from PIL import Image  # matplotlib brings it
 
     with Image.open(path) as image:
-        words = image.text.get("Title", os.path.basename(path))
+        words = image.text.get("Title", os.path.basename(path))  # type: ignore[attr-defined]
     with open(path, "rb") as file:
         coded = base64.b64encode(file.read()).decode()
     return f"<figure><img alt='{text(words)}' src='data:image/png;base64,{coded}'></figure>"
 
 
-def write(out):
+def write(out: str) -> str:
     """Write report.html of the finished run in `out`, from what is in that folder; returns its path."""
     config = folder.read_config(out)
     if not config["finished"]:
@@ -123,7 +124,7 @@ def write(out):
     return path
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     return on_a_run("report", "writes RUN/report.html", write, argv)
 
 

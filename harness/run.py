@@ -17,6 +17,7 @@ import os
 import platform
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -53,7 +54,7 @@ class Run:
     # ------------------------------------------------------------ from settings
 
     @classmethod
-    def start(cls, settings, command=""):
+    def start(cls, settings: Settings, command: str = "") -> "Run":
         """A run as the settings ask, before the method is injected. Everything random depends on the seed alone."""
         started = time.perf_counter()
         if settings.threads:
@@ -73,15 +74,15 @@ class Run:
                 settings.options[option] = share(run.warmup_steps, run.total_steps)
         return run
 
-    def features(self, examples):
+    def features(self, examples: Sequence[data.Example]) -> list[dict]:
         return data.features(self.task, examples, self.tokenizer, self.settings.max_length)
 
     @functools.cached_property
-    def train_features(self):
+    def train_features(self) -> list[dict]:
         return self.features(self.train)
 
     @functools.cached_property
-    def dev_features(self):
+    def dev_features(self) -> list[dict]:
         return self.features(self.dev)
 
     @property
@@ -89,24 +90,24 @@ class Run:
         return methods.module(self.settings.method)
 
     @property
-    def steps_per_epoch(self):
+    def steps_per_epoch(self) -> int:
         return math.ceil(math.ceil(len(self.train) / self.settings.batch_size) / self.settings.accumulate)
 
     @property
-    def total_steps(self):
-        return min(self.settings.epochs * self.steps_per_epoch, self.settings.max_steps or math.inf)
+    def total_steps(self) -> int:
+        return min(self.settings.epochs * self.steps_per_epoch, self.settings.max_steps or math.inf)  # type: ignore[return-value]
 
     @property
-    def warmup_steps(self):
+    def warmup_steps(self) -> int:
         return round(self.settings.warmup * self.total_steps)
 
-    def adapt(self):
+    def adapt(self) -> None:
         """Calibrate where the method looks at data first, inject it, and make the head trainable."""
         s, method = self.settings, self.method
         extra = {"exclude": s.exclude} if s.exclude else {}
         targets = s.targets or modelling.default_targets(self.model)
         if hasattr(method, "calibrate"):
-            extra["plan"] = self.plan = self.calibrate(targets, **extra)
+            extra["plan"] = self.plan = self.calibrate(targets, **extra)  # type: ignore[assignment]
         self.layers = method.inject(self.model, targets, **extra, **methods.accepted(method.inject, s.options))
         self.train_head()
         if not self.layers and (s.compare or s.export_peft):
@@ -114,7 +115,7 @@ class Run:
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(f"nothing to train: method {s.method} with --freeze-head")
 
-    def calibrate(self, targets, **extra):
+    def calibrate(self, targets: Sequence[str], **extra) -> dict:
         """Show the method the first rows of the seeded shuffle, one at a time, without padding."""
         s, features = self.settings, self.train_features
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(s.seed)).tolist()
@@ -128,7 +129,7 @@ class Run:
         plan = self.method.calibrate(self.model.to(self.device), targets, rows, loss, **options, **more)
         return parallel.agreed(plan)
 
-    def wrap(self, layers):
+    def wrap(self, layers: list[str]) -> None:
         """Inject the method on the layers that an earlier run adapted; what it trained is loaded afterwards."""
         options = methods.accepted(self.method.inject, self.settings.options)
         if hasattr(self.method, "calibrate"):
@@ -137,20 +138,20 @@ class Run:
         self.method.inject(self.model, layers, **options)
         self.train_head()
 
-    def speed_up(self):
+    def speed_up(self) -> Mapping[str, int]:
         """Let layers compute by fast.py, as --fast says, in training and afterwards: {words: how many layers}."""
         s = self.settings
         wanted = self.device.type == "cpu" and not s.compile if s.fast is None else s.fast
         return Counter(fast.speed_up(self.model).values()) if wanted else {}
 
-    def train_head(self):
+    def train_head(self) -> None:
         for name in modelling.head_modules(self.model):
             self.model.get_submodule(name).requires_grad_(not self.settings.freeze_head)
 
     # ------------------------------------------------------------ from a folder, and into it
 
     @classmethod
-    def open(cls, out, device="cpu", force=False):
+    def open(cls, out: str, device: str = "cpu", force: bool = False) -> "Run":
         """A run from its folder alone, in eval mode. `force` takes another base or tokenizer than it was trained on."""
         config, adapter = folder.read_run(out)
         settings, task = config["settings"], data.Task(**tupled(config["task"]))
@@ -167,18 +168,18 @@ class Run:
         return run
 
     @property
-    def keep(self):
+    def keep(self) -> list[str]:
         """Modules whose numbers were drawn at random, so that they are saved trained or not; "" is the whole model."""
         return [""] if self.settings.scratch else modelling.head_modules(self.model)
 
-    def load(self, state):
+    def load(self, state: dict[str, torch.Tensor]) -> None:
         folder.load_adapter_state(self.model, state, self.keep)
 
     @functools.cached_property
-    def rows_digest(self):
+    def rows_digest(self) -> str:
         return hashlib.sha256(repr([self.train, self.dev]).encode()).hexdigest()
 
-    def config(self):
+    def config(self) -> dict:
         """What config.json says: enough to run it again, and to know its base, tokenizer and rows."""
         own = self.settings.text or self.task.name == "sft"
         held_out = [example.id for example in self.dev] if own and not self.settings.dev else None
@@ -190,7 +191,7 @@ class Run:
 
     # ------------------------------------------------------------ what it does
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     @functools.cached_property
@@ -202,17 +203,17 @@ class Run:
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # not back to eager without a word
         return torch.compile(self.model, dynamic=True)
 
-    def forward(self, batch):
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The mean loss of a batch on the run's device, a scalar."""
         with self.autocast():
             return loss_of(self.compiled if self.model.training else self.model, batch, self.task.kind)
 
-    def labelled(self, batch):
+    def labelled(self, batch: dict[str, torch.Tensor]) -> int:
         """How many labels the mean loss of a batch is the mean of."""
         return int((batch["labels"] != data.IGNORED).sum()) if self.task.kind in ("lm", "mlm") else len(batch["labels"])
 
     @torch.no_grad()
-    def predict(self, examples, features=None, answering=True):
+    def predict(self, examples: Sequence[data.Example], features: Sequence[dict] | None = None, answering: bool = True) -> dict:
         """What the model says of every row, in the rows' order, in eval mode:
 
         {"answers": class indices, scores or texts, "probabilities": lists over classes, or a span's, or None,
@@ -249,7 +250,7 @@ class Run:
         answers, probabilities = zip(*(said.get(i, (None, None)) for i in range(len(features)))) if features else ((), ())
         return {"answers": list(answers), "probabilities": list(probabilities), "loss": loss / labelled if labelled else None}
 
-    def generate(self, features):
+    def generate(self, features: Sequence[dict]) -> list[str]:
         """The texts that a language model writes behind some rows' prompts. The labels are drafts: they change none."""
         prompts = [row["input_ids"][: row["prompt"]] for row in features]
         drafts = [row["input_ids"][row["prompt"] :] for row in features]
@@ -257,7 +258,7 @@ class Run:
             found = modelling.generate(self.model, prompts, self.max_new, self.tokenizer.sep_id, drafts=drafts)
         return [self.tokenizer.decode(ids) for ids in found]
 
-    def choose(self, examples):
+    def choose(self, examples: Sequence) -> list[str]:
         """Of each example's options the one that the model finds likeliest behind the prompt, by the sum over its tokens."""
         rows = [replace(e, label=option) for e in examples for option in e.options]
         features, scores = self.features(rows), torch.empty(len(rows))
@@ -273,20 +274,20 @@ class Run:
         parts = scores.split([len(e.options) for e in examples])
         return [e.options[int(part.argmax())] if len(part) else "" for e, part in zip(examples, parts)]
 
-    def evaluate(self):
+    def evaluate(self) -> dict:
         """{"dev_loss": mean over labels, metric: value, ...} on the development set, the task's headline metric first."""
         scored = self.task.metrics != ("loss",)
         found = self.predict(self.dev, self.dev_features, scored)
         scores = {} if not scored else metrics.score(self.task, self.dev, found["answers"])
         return {"dev_loss": found["loss"], **scores}
 
-    def watch(self):
+    def watch(self) -> dict[str, dict[str, float]]:
         return self.method.watch(self.model) if hasattr(self.method, "watch") else {}
 
-    def seconds(self):
+    def seconds(self) -> float:
         return time.perf_counter() - self.started
 
-    def count(self):
+    def count(self) -> tuple[int, int]:
         """(trained numbers, all numbers)."""
         params = list(self.model.parameters())
         return sum(p.numel() for p in params if p.requires_grad), sum(p.numel() for p in params)
@@ -295,7 +296,7 @@ class Run:
 # ---------------------------------------------------------------------- its parts
 
 
-def choose_device(wanted):
+def choose_device(wanted: str) -> tuple[torch.device, str]:
     """(torch device, the reason in words). ValueError if what was asked for is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
@@ -307,11 +308,11 @@ def choose_device(wanted):
     return torch.device(wanted), "as asked"
 
 
-def load_task(s):
+def load_task(s: Settings) -> tuple[data.Task, list[data.Example], list[data.Example]]:
     """(task, training examples, development examples)."""
     if s.text:
         flags = {"kind": s.kind, "merge_labels": s.merge_labels, "classes_ok": s.classes_ok}
-        task, rows = data.load_custom(s.data, s.text, s.label, **flags)
+        task, rows = data.load_custom(s.data, s.text, s.label, **flags)  # type: ignore[arg-type]
         return task, *split(s, rows, data.load(task, s.dev, "dev") if s.dev else None)
     task = data.TASKS[s.task]
     if s.task == "sft":
@@ -323,7 +324,7 @@ def load_task(s):
     return task, train[: s.rows], dev
 
 
-def split(s, rows, dev):
+def split(s: Settings, rows: list[data.Example], dev: list[data.Example] | None) -> tuple[list[data.Example], list[data.Example]]:
     """(training, development) rows; without `dev` a tenth at random, the same for every seed of the run."""
     if dev is None:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
@@ -334,10 +335,11 @@ def split(s, rows, dev):
     return rows[: s.rows], dev
 
 
-def build_model(s, task):
+def build_model(s: Settings, task: data.Task) -> tuple[torch.nn.Module, data.Tokenizer, str]:
     """(model, tokenizer, words about it) as the settings ask; new weights are drawn from torch's generator."""
     if s.backbone:
-        model, tokenizer = backbones.load(s.backbone, task.kind, task.labels, torch.bfloat16 if s.dtype == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
+        model, tokenizer = backbones.load(s.backbone, task.kind, task.labels, dtype)
         places = getattr(model.config, "max_position_embeddings", None) or math.inf
         places -= 2 * ("roberta" in model.config.model_type)  # which counts positions from 2
         if s.max_length > places:
@@ -357,26 +359,26 @@ def build_model(s, task):
     return model, tokenizer, os.path.relpath(path)
 
 
-def base_of(s):
+def base_of(s: Settings) -> str:
     """The file of our own base: the decoder for tasks that generate text, else the encoder."""
     causal = s.task is not None and data.TASKS[s.task].kind == "lm"
     return s.base or os.path.join(ASSETS, "decoder.safetensors" if causal else "encoder.safetensors")
 
 
-def base_fingerprint(model, s):
+def base_fingerprint(model: torch.nn.Module, s: Settings) -> str | None:
     """sha256 of the base's numbers, without a task head; None for random weights, which are the run's own."""
     heads = tuple(name + "." for name in modelling.head_modules(model))
     base = {name: t for name, t in model.state_dict().items() if not name.startswith(heads)} if heads else model.state_dict()
     return None if s.scratch else sealed.fingerprint(base)
 
 
-def to_device(batch, device):
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """The batch on the device; a GPU copies it from pinned memory while it still computes on the one before."""
     pin = torch.device(device).type == "cuda"
     return {key: (value.pin_memory() if pin else value).to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def loss_of(model, batch, kind):
+def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
     """Mean loss of a batch (data.batches), a scalar. A language model computes logits at the labelled places only."""
     labels = batch["labels"]
     where = labels != data.IGNORED if kind in ("lm", "mlm") else None
@@ -388,7 +390,7 @@ def loss_of(model, batch, kind):
     return F.cross_entropy(logits, labels if where is None else labels[where])  # (B, C) or (N, V)
 
 
-def versions():
+def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
 
 

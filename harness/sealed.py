@@ -7,6 +7,7 @@ name, type and shape included. One flipped bit anywhere is refused. No pickle, a
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import torch
 from safetensors import safe_open
@@ -15,14 +16,14 @@ from safetensors.torch import save
 from reading.files import replace_file
 
 
-def digest(tensor):
+def digest(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's type, shape and bytes."""
     tensor = tensor.detach().cpu().contiguous()
     head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     return hashlib.sha256(head + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def fingerprint(tensors, most=2**31):
+def fingerprint(tensors: Mapping[str, torch.Tensor], most: int = 2**31) -> str:
     """sha256 of many tensors by name, {name: tensor}. Above `most` bytes it reads evenly spaced numbers of each."""
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     every = -(-size // most)
@@ -32,7 +33,7 @@ def fingerprint(tensors, most=2**31):
     return found.hexdigest()
 
 
-def write(path, tensors, about):
+def write(path: str, tensors: Mapping[str, torch.Tensor], about: dict) -> str:
     """Write {name: tensor} and a dictionary for JSON; returns the seal, which stands for all of it.
 
     The file is read back before it takes the place of an earlier one.
@@ -53,7 +54,7 @@ def write(path, tensors, about):
     return seal
 
 
-def read(path):
+def read(path: str) -> tuple[dict[str, torch.Tensor], dict, str]:
     """({name: tensor}, what the writer said, seal) of a file of `write`. ValueError in one line if it is not as written."""
     try:
         with safe_open(path, "pt") as f:

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import types
 import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import data
@@ -27,21 +28,21 @@ BY_METHOD = "default: the method's, in the table below"
 HEAD_RATE = 1e-3  # of the task head beside any method: swept once, with LoRA (docs/rates.md)
 
 
-def count(text):
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
 
 
-def number(text):
+def number(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0")
     return value
 
 
-def flag(default, help, **more):
+def flag(default: object, help: str, **more):
     """A field with what argparse is to know of its flag; `group` begins a group of flags."""
     make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**make, metadata={"help": help, **more})
@@ -51,6 +52,7 @@ def flag(default, help, **more):
 class Settings:
     """What a run is asked to be. None: decided when the run starts, or not asked for."""
 
+    # fmt: off
     method: str = flag("triadapt", "; ".join(f"{name} = {METHODS[name][1]}" for name in METHODS) + " (default triadapt)",
                        choices=METHODS, metavar="METHOD", group="what to run")
     task: str | None = flag(None, f"{', '.join(data.TASKS)} (default cola); without --data: {', '.join(data.GENERATED)}",
@@ -60,7 +62,8 @@ class Settings:
     overwrite: bool = flag(False, "replace another run in that folder")
     resume: bool = flag(False, "go on where this same command was stopped")
 
-    data: str | None = flag(None, "a folder in the task's official layout, or your own CSV, TSV (no quoting) or JSONL file", group="data")
+    data: str | None = flag(None, "a folder in the task's official layout, or your own CSV, TSV (no quoting) or JSONL file",
+                            group="data")
     text: list[str] | None = flag(None, "your own file: its one or two columns of text", nargs="+", metavar="COLUMN")
     label: str | None = flag(None, "your own file: its column of labels", metavar="COLUMN")
     kind: str | None = flag(None, "your own file: whether labels are classes or scores (default: scores if one has a fraction)",
@@ -68,7 +71,8 @@ class Settings:
     merge_labels: bool = flag(False, "your own file: labels that differ in case or surrounding spaces alone are one class")
     classes_ok: bool = flag(False, f"your own file: more than {MANY} classes are meant, or more than half as many as rows")
     dev: str | None = flag(None, "your own development file (default: a random tenth of --data)", metavar="FILE")
-    prompt: list[str] | None = flag(None, "task sft: the columns of the prompt (default: as in the published sets)", nargs="+", metavar="COLUMN")
+    prompt: list[str] | None = flag(None, "task sft: the columns of the prompt (default: as in the published sets)",
+                                    nargs="+", metavar="COLUMN")
     answer: str | None = flag(None, "task sft: the column of the answer", metavar="COLUMN")
     template: str | None = flag(None, "task sft: a file with the columns' names in braces, or chat, the tokenizer's own template",
                                 metavar="FILE")
@@ -84,8 +88,10 @@ class Settings:
                             metavar="FILE")
     scratch: bool = flag(False, "our own transformer with random weights")
     targets: list[str] | None = flag(
-        None, "ends of the names of the linear layers to adapt (default: all in the transformer blocks)", nargs="+", metavar="NAME")
-    exclude: list[str] | None = flag(None, "layers that --targets or its default names, but not to be adapted", nargs="+", metavar="NAME")
+        None, "ends of the names of the linear layers to adapt (default: all in the transformer blocks)",
+        nargs="+", metavar="NAME")
+    exclude: list[str] | None = flag(None, "layers that --targets or its default names, but not to be adapted",
+                                     nargs="+", metavar="NAME")
     freeze_head: bool = flag(False, "leave the task head alone (TLoRA's own runs do)")
     # With --scratch: about one million numbers, seconds per epoch on a laptop.
     width: int = flag(128, "scratch: width of a token's vector (default 128)", type=count)
@@ -94,13 +100,16 @@ class Settings:
     hidden: int = flag(512, "scratch: width of the MLP (default 512)", type=count)
 
     # The papers run 3 to 50 epochs on GLUE's tasks; those of the generated ones take less than a minute here.
-    epochs: int | None = flag(None, f"passes over the training rows (default {EPOCHS}; generated {FEW})", type=count, group="training")
+    epochs: int | None = flag(None, f"passes over the training rows (default {EPOCHS}; generated {FEW})", type=count,
+                              group="training")
     max_steps: int | None = flag(None, "stop after this many optimizer steps, if that is sooner", type=count)
     batch_size: int = flag(32, "rows per batch (default 32, as three of the papers)", type=count)
     accumulate: int = flag(1, "batches per optimizer step (default 1)", type=count)
     lr: float | None = flag(None, f"peak learning rate ({BY_METHOD})", type=number)
-    head_lr: float | None = flag(None, f"peak learning rate of the task head (default {HEAD_RATE:g}; --lr for method head)", type=number)
-    schedule: str = flag("linear", "after the warm-up (default linear, as three of the papers)", choices=("linear", "cosine", "constant"))
+    head_lr: float | None = flag(None, f"peak learning rate of the task head (default {HEAD_RATE:g}; --lr for method head)",
+                                 type=number)
+    schedule: str = flag("linear", "after the warm-up (default linear, as three of the papers)",
+                         choices=("linear", "cosine", "constant"))
     # 6 % is RoBERTa's and TLoRA's.
     warmup: float = flag(0.06, "share of the steps with a rising rate (default 0.06)", type=number)
     weight_decay: float | None = flag(None, f"AdamW's ({BY_METHOD})", type=number)
@@ -108,14 +117,16 @@ class Settings:
     clip: float = flag(1.0, "largest norm of the gradient, 0 = no limit (default 1)", type=number)
     eval_every: int | None = flag(None, "optimizer steps between evaluations (default: each epoch)", type=count)
     save_every: int | None = flag(
-        None, "optimizer steps between saved states (default: at evaluations, and as often as costs a hundredth of the time)", type=count)
+        None, "optimizer steps between saved states (default: at evaluations, and as often as costs a hundredth of the time)",
+        type=count)
 
     device: str = flag("auto", "default auto", choices=("auto", "cpu", "cuda", "mps"), group="machine")
     precision: str = flag("auto", "auto: bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16"))
     # On an H200 one function a layer was up to a fifth slower than the files' own way and took 0.7 to 0.9 of its memory
     # (bench/speed-cuda-bf16.md, bench/memory-cuda-bf16.md).
     fast: bool | None = flag(None, "compute each adapted layer in one autograd function, fast.py (default: on the CPU)")
-    dtype: str = flag("float32", "of a backbone's frozen weights; what is trained stays float32 (default float32)", choices=("float32", "bf16"))
+    dtype: str = flag("float32", "of a backbone's frozen weights; what is trained stays float32 (default float32)",
+                      choices=("float32", "bf16"))
     compile: bool = flag(False, "torch.compile the model")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory")
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", type=count)
@@ -126,11 +137,12 @@ class Settings:
     export_merged: str | None = flag(None, "write a checkpoint with the update folded in (needs --backbone)", metavar="DIR")
     compare: str | None = flag(None, "cosine similarity of each layer's update with that run's", metavar="RUN")
     no_figures: bool = flag(False, "draw nothing")
+    # fmt: on
 
     options: dict = field(default_factory=dict)  # the method's own, by name
 
 
-def typed(fields, values, where):
+def typed(fields: Mapping[str, object], values: object, where: str) -> None:
     """ValueError in one line unless `values` is a dictionary with just these fields, {name: type}, each of its type."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: {shown(values)} is not an object with {len(fields)} keys")
@@ -144,7 +156,7 @@ def typed(fields, values, where):
             raise ValueError(f"{where}: '{name}' is {shown(values[name])}, expected {kind}")
 
 
-def fits(value, kind):
+def fits(value, kind) -> bool:
     """Whether a value from JSON is of a type: int is no bool, float is finite and may be whole, tuples are lists."""
     if isinstance(kind, types.UnionType):
         return any(fits(value, one) for one in typing.get_args(kind))
@@ -162,11 +174,11 @@ def fits(value, kind):
     return type(value) is kind
 
 
-def shown(value):
+def shown(value: object) -> str:
     return textwrap.shorten(repr(value), 60)
 
 
-def read_settings(values, where):
+def read_settings(values: dict, where: str) -> Settings:
     """Settings from config.json. ValueError in one line for a wrong type, choice, or a missing or unknown key."""
     known = {f.name: f for f in dataclasses.fields(Settings)}
     typed({name: f.type for name, f in known.items()}, values, where)
@@ -182,7 +194,7 @@ class Parser(argparse.ArgumentParser):
         """One line on stderr instead of the usage and a line."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def convert_arg_line_to_args(self, line):
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
         """The flags on a line of an @FILE: words as in a shell, # begins a comment."""
         try:
             words = shlex.split(line, comments=True)
@@ -203,7 +215,7 @@ class Help(argparse.HelpFormatter):
         return textwrap.indent(text, indent) if "\n" in text else super()._fill_text(text, width, indent)
 
 
-def build_parser(description=None, method=None):
+def build_parser(description: str | None = None, method: str | None = None) -> Parser:
     """Flags of the run in groups, then the methods' own, or those of one `method`; a flag that is not given is None."""
     p = Parser(
         prog="train.py",
@@ -226,7 +238,7 @@ def build_parser(description=None, method=None):
         elif f.type == bool | None:
             more["action"] = argparse.BooleanOptionalAction
         elif f.name != "method":  # whether that is given decides what --help shows
-            more["default"] = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            more["default"] = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[operator]
         if method in METHODS and f.name in ("method", "lr", "weight_decay"):
             more["help"] = of_method(method, f.name)
         group.add_argument("--" + f.name.replace("_", "-"), **more)
@@ -251,7 +263,7 @@ def build_parser(description=None, method=None):
     return p
 
 
-def of_method(method, name):
+def of_method(method: str, name: str) -> str:
     """The help of a flag whose default is the method's."""
     _, words, rate, decay = METHODS[method]
     real, source = BACKBONE_RATES[method]
@@ -259,11 +271,11 @@ def of_method(method, name):
             "weight_decay": f"AdamW's (default {decay:g})"}[name].replace("%", "%%")  # fmt: skip
 
 
-def default_of(option, facts):
+def default_of(option: str, facts: tuple) -> object:
     return FROM_RUN[option][0] if option in FROM_RUN else facts[1]
 
 
-def tables(shared, width=106):
+def tables(shared: Mapping[str, dict[str, tuple]], width: int = 106) -> str:
     """Defaults, a method a row: as many columns beside each other as there is room for, then the next."""
     columns = {"lr": {name: f"{facts[2]:g}" for name, facts in METHODS.items()},
                "lr (backbone)": {name: f"{rate:g}" for name, (rate, _) in BACKBONE_RATES.items()},
@@ -289,8 +301,8 @@ def tables(shared, width=106):
     return "\n".join([*lines, "", f"* a share of the run: {shares}"])
 
 
-def add_option(group, option, owners):
-    """One flag for a method's option, or for several methods' that share the name: the words are the yardstick's, or the first's."""
+def add_option(group, option: str, owners: Mapping[str, tuple]) -> None:
+    """One flag for a method's option, or for several methods' that share the name: the yardstick's words, or the first's."""
     kind, default, text = owners.get("lora", next(iter(owners.values())))
     differ = len({facts[2] for facts in owners.values()}) > 1
     text += f" (default {default_of(option, (kind, default))})" if len(owners) == 1 else "; differs by method" if differ else ""
@@ -299,7 +311,7 @@ def add_option(group, option, owners):
     group.add_argument("--" + option.replace("_", "-"), help=text.replace("%", "%%"), **more)
 
 
-def on_a_run(name, what, act, argv=None):
+def on_a_run(name: str, what: str, act: Callable[[str], str], argv: Sequence[str] | None = None) -> int:
     """The command line `python -m harness.NAME RUN`: act(RUN) does it and returns the words to print."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) != 1 or argv[0].startswith("-"):
@@ -313,14 +325,14 @@ def on_a_run(name, what, act, argv=None):
     return 0
 
 
-def in_words(error):
+def in_words(error: Exception) -> str:
     """An error as one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'standard output'}: {error.strerror}"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def parse(argv, description=None):
+def parse(argv: Sequence[str], description: str | None = None) -> Settings:
     """Settings from the command line; a method's flag with another method is refused."""
     parser = build_parser(description)
     values = vars(parser.parse_args(argv))
@@ -351,7 +363,7 @@ def parse(argv, description=None):
     return settings
 
 
-def default_rate(s):
+def default_rate(s: Settings) -> tuple[float, str]:
     """(the learning rate where --lr names none, where it is from)."""
     if s.backbone:
         rate, source = BACKBONE_RATES[s.method]
@@ -359,9 +371,10 @@ def default_rate(s):
     return METHODS[s.method][2], "default of the generated tasks"
 
 
-def check(s):
+def check(s: Settings) -> None:
     """Refuse flags that do not go together; paths become absolute."""
-    for name in ("out", "data", "label", "dev", "backbone", "base", "save_base", "export_peft", "export_merged", "compare", "answer", "template"):
+    paths = "out data dev backbone base save_base export_peft export_merged compare"
+    for name in f"{paths} label answer template".split():
         if getattr(s, name) == "":
             raise ValueError(f"--{name.replace('_', '-')} is empty")
     if s.text is None and (s.kind or s.merge_labels or s.classes_ok):
@@ -386,7 +399,8 @@ def check(s):
         if not s.backbone:
             raise ValueError("--dtype bf16 goes with --backbone: the tiny bases are small in float32")
         if s.method in ("full", "bitfit"):
-            raise ValueError(f"method {s.method} trains the base's own weights, whose small steps bf16 rounds away: --dtype float32")
+            why = "trains the base's own weights, whose small steps bf16 rounds away"
+            raise ValueError(f"method {s.method} {why}: --dtype float32")
         if s.precision == "float32":
             raise ValueError("--dtype bf16 computes in bf16: leave --precision float32 out")
         s.precision = "bf16"
@@ -419,7 +433,7 @@ def check(s):
             raise ValueError(f"--{name} {value} is not below 1")
 
 
-def fill_in(s):
+def fill_in(s: Settings) -> None:
     """What was left to follow from the method, the task and the model."""
     if s.epochs is None:
         s.epochs = EPOCHS if s.data else TASK_EPOCHS.get(s.task, EPOCHS)

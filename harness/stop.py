@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # schedulers send SIGTERM; shells know 128 + the signal's number
 
@@ -10,7 +11,7 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # schedulers send SIGTERM; 
 class Stopped(BaseException):
     """A signal asked the run to end; `code` is the exit code. Like KeyboardInterrupt no Exception, so that none catches it."""
 
-    def __init__(self, code):
+    def __init__(self, code: int):
         self.code = code
 
 
@@ -32,15 +33,15 @@ class Stop:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def asked(self, number, frame):
+    def asked(self, number: int, frame) -> None:
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)  # the second ends the process
-        self.code = SIGNALS[number]
+        self.code = SIGNALS[number]  # type: ignore[index]
         if not self.waiting:
             raise Stopped(self.code)
 
     @contextlib.contextmanager
-    def after(self):
+    def after(self) -> Iterator[None]:
         """What is begun here is ended before the run stops."""
         self.waiting = True
         yield

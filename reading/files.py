@@ -13,6 +13,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,17 +39,17 @@ class Example:
 # ------------------------------------------------------------------ from files to rows
 
 
-def bad(path, line, message):
+def bad(path: str | Path, line: int, message: str) -> ValueError:
     return ValueError(f"{path}:{line}: {message}")
 
 
-def brief(value, limit=60):
+def brief(value: object, limit: int = 60) -> str:
     """repr of a value, cut so that an error stays one readable line."""
     text = repr(value[:limit] if isinstance(value, str) else value)
     return text if len(text) <= 2 * limit else text[: 2 * limit] + "..."
 
 
-def read_text(path):
+def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file without its byte-order mark."""
     try:
         text = decode(path, Path(path).read_bytes())
@@ -59,7 +60,7 @@ def read_text(path):
     return text
 
 
-def decode(path, content):
+def decode(path: str | Path, content: bytes) -> str:
     """The text of a file's bytes; `path` is for the errors."""
     try:
         text = content.decode("utf-8-sig")
@@ -73,7 +74,7 @@ def decode(path, content):
     return text
 
 
-def split_lines(path, text):
+def split_lines(path: str | Path, text: str) -> list[str]:
     r"""The lines of a text. Only \n ends a line, and one \r before it goes with it: a lone \r, \f,
     \x85 or U+2028 is text. Blank lines at the end are nothing; one elsewhere is an error, because
     it may be a row that was lost."""
@@ -85,7 +86,7 @@ def split_lines(path, text):
     return lines
 
 
-def csv_rows(path, text, columns=()):
+def csv_rows(path: str | Path, text: str, columns: Iterable[Sequence[str]] = ()) -> list[tuple[int, list[str]]]:
     r"""[(line, fields)] of a .csv with its quoting; a quoted field may hold separators and line ends. The separator is that
     with which the header has most of `columns`, the names that each goes by.
 
@@ -116,7 +117,7 @@ def csv_rows(path, text, columns=()):
     return rows
 
 
-def parse_json(path, line, text):
+def parse_json(path: str | Path, line: int, text: str):
     """One JSON value. Also refused: a key given twice, NaN, a lone surrogate (no text holds one)."""
 
     def no_duplicates(pairs):
@@ -137,7 +138,7 @@ def parse_json(path, line, text):
     return value
 
 
-def json_rows(path, text):
+def json_rows(path: str | Path, text: str) -> list[tuple[int, dict]]:
     """[(line, object)] of a file with one JSON object on each line."""
     rows = [(i, parse_json(path, i, line)) for i, line in enumerate(split_lines(path, text), 1)]
     for line, row in rows:
@@ -146,7 +147,7 @@ def json_rows(path, text):
     return rows
 
 
-def read_table(path, task=None):
+def read_table(path: str | Path, task=None) -> tuple[Sequence[str], list[tuple[int, dict]]]:
     """(columns, [(line, {column: value})]) of a .csv, a .jsonl or .json (an object per line), else a TSV.
 
     TSV fields have no quoting: a quote is text. A first line that is a row of `task` is no header. A .csv may have
@@ -183,19 +184,19 @@ def read_table(path, task=None):
 # -------------------------------------------------------------- from rows to examples
 
 
-def number(value):
+def number(value: str) -> float | None:
     """float of a plain decimal number, or None: no nan, inf, 1_000 or spaces, which float() takes."""
     plain = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value, re.ASCII)
     return float(value) if plain and math.isfinite(float(value)) else None
 
 
 @functools.lru_cache(100_000)
-def same(label):
+def same(label: str) -> str:
     """What labels have in common that people take for one: no case, no spaces around it, one Unicode form."""
     return " ".join(unicodedata.normalize("NFC", label).casefold().split())
 
 
-def parse_label(task, value):
+def parse_label(task, value: str) -> int | float | None:
     """Class index or score of a label as written in a file, or None if it is none."""
     if task.kind == "regression":
         score = number(value)
@@ -208,25 +209,25 @@ def parse_label(task, value):
     return task.labels.index(task.codes[codes.index(value)]) if value in codes else None
 
 
-def is_row(task, fields):
+def is_row(task, fields: Sequence[str]) -> bool:
     """Whether a first line is a row of the official layout, not a header: a label stands where labels do."""
     if len(fields) != len(task.header):
         return False
     return parse_label(task, fields[task.header.index(task.columns[-1][0])]) is not None
 
 
-def label_text(path, line, value):
+def label_text(path: str | Path, line: int, value: object) -> str:
     """A label as written: JSON's numbers and booleans become their text, null becomes ''."""
     if isinstance(value, (dict, list)):
         raise bad(path, line, f"label {brief(value)} is not a word or a number")
     return as_text(value)
 
 
-def as_text(value):
+def as_text(value: object) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def own_classes(path, labels, merge):
+def own_classes(path: str | Path, labels: Iterable[tuple[int, str]], merge: bool) -> list[str]:
     """The names of the classes of [(line, label)]: trimmed, in the order of the file. Labels that people take for one are
     an error, or one class by `merge`, which has the commonest spelling."""
     alike = {}  # what spellings have in common -> {spelling: its lines}
@@ -244,7 +245,7 @@ def own_classes(path, labels, merge):
     return [count.most_common(1)[0][0] for count in counts]
 
 
-def find_column(path, task, columns, names, required=True):
+def find_column(path: str | Path, task, columns: Sequence[str], names: Iterable[str], required: bool = True) -> str | None:
     for name in names:
         if name in columns:
             return name
@@ -255,7 +256,7 @@ def find_column(path, task, columns, names, required=True):
     raise bad(path, 1, f"no column {wanted}{headless}; found: {brief(', '.join(columns), 200)}{looks_like(path, columns)}")
 
 
-def looks_like(path, columns):
+def looks_like(path: str | Path, columns: Sequence[str]) -> str:
     """What a header without the wanted columns looks like: quotes in a TSV, another separator. Words for the error."""
     ending = Path(path).suffix.lower()
     if ending in (".jsonl", ".json"):
@@ -269,13 +270,13 @@ def looks_like(path, columns):
     return f"; its columns seem to be separated by {SEPARATORS.get(other, repr(other))}{advice}"
 
 
-def get(path, line, row, name):
+def get(path: str | Path, line: int, row: dict, name: str) -> object:
     if name not in row:
         raise bad(path, line, f"no {name!r}; found: {brief(', '.join(row), 200)}")
     return row[name]
 
 
-def to_examples(task, path, table, labelled):
+def to_examples(task, path: str | Path, table: tuple[Sequence[str], list[tuple[int, dict]]], labelled: bool) -> list[Example]:
     """Examples of a table, its columns found by name. Without `labelled`, a missing label column, an empty label and
     Hugging Face's -1, where that is no label, mean unlabelled. Labels of an own file are trimmed."""
     columns, rows = table
@@ -287,7 +288,7 @@ def to_examples(task, path, table, labelled):
         task = replace(task, codes=())  # integers are unambiguous in Hugging Face's layout only
     examples = []
     for i, (line, row) in enumerate(rows):
-        text = tuple(get(path, line, row, name) for name in texts)
+        text = tuple(get(path, line, row, name) for name in texts)  # type: ignore[arg-type]
         for name, value in zip(texts, text):
             if not isinstance(value, str):
                 raise bad(path, line, f"{name!r} is {brief(value)}, expected a text")
@@ -302,7 +303,7 @@ def to_examples(task, path, table, labelled):
     return examples
 
 
-def allowed_labels(task, value):
+def allowed_labels(task, value: str) -> str:
     """What a label may be, in words, and which class `value` could be meant as."""
     if task.kind == "regression":
         return "a number from 0 to 5" if task.name == "stsb" else "a number"
@@ -312,7 +313,7 @@ def allowed_labels(task, value):
     return "one of " + brief(", ".join(task.labels), 200) + codes + merged
 
 
-def read_squad(path, labelled):
+def read_squad(path: str | Path, labelled: bool) -> list[Example]:
     """Examples (question, context) of a SQuAD 1.1 or 2.0 file. An answer must stand at its place."""
     document, examples = parse_json(path, 1, read_text(path)), []
 
@@ -346,7 +347,7 @@ def read_squad(path, labelled):
     return examples
 
 
-def read_math(path, labelled):
+def read_math(path: str | Path, labelled: bool) -> list[Example]:
     """Examples of a GSM8K file: a question, and an answer that ends in '#### N'."""
     examples = []
     for i, (line, row) in enumerate(json_rows(path, read_text(path))):
@@ -360,7 +361,7 @@ def read_math(path, labelled):
     return examples
 
 
-def file_names(task, split):
+def file_names(task, split: str) -> list[str]:
     """The names that a split's file goes by, the official one first."""
     if task.name == "mnli":
         split = {"dev": "dev_matched", "test": "test_matched"}.get(split, split)
@@ -373,11 +374,11 @@ def file_names(task, split):
     return [split + ending for ending in (".tsv", ".csv", ".jsonl")]
 
 
-def splits(task):
+def splits(task) -> tuple[str, ...]:
     return MNLI_SPLITS if task.name == "mnli" else SPLITS
 
 
-def read(task, source, split):
+def read(task, source: str | Path, split: str) -> list[Example]:
     """Examples of a split of a task, from its folder in the official layout or from one file."""
     names, path = file_names(task, split), Path(source)
     if path.is_dir():
@@ -397,12 +398,12 @@ def read(task, source, split):
 # ---------------------------------------------------------------------- from examples to files
 
 
-def file_label(task, label):
+def file_label(task, label) -> str:
     """A label as GLUE's files write it: a word for MNLI, QNLI and RTE, else a number."""
     return task.labels[label] if task.name in ("mnli", "qnli", "rte") else str(label)
 
 
-def replace_file(path, write):
+def replace_file(path: str | Path, write: Callable[[str], object]) -> None:
     """Call write(temporary path), flush it to disk and rename it to `path`."""
     temporary = f"{path}.tmp"
     try:
@@ -415,7 +416,7 @@ def replace_file(path, write):
             os.remove(temporary)
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Write one text file as a whole, its folder too if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
 
@@ -426,7 +427,7 @@ def write_text(path, text):
     replace_file(path, write)
 
 
-def write_split(task, examples, folder, split):
+def write_split(task, examples: Sequence[Example], folder: str | Path, split: str) -> Path:
     """Write examples as the official file of a split; returns its path. `load` reads them back.
 
     A test file keeps its labels, if there are any, in a last column. ValueError for a text that a
@@ -438,7 +439,7 @@ def write_split(task, examples, folder, split):
         for e in examples:
             qa = {"id": e.id, "question": e.text[0]}
             if e.label is not None:
-                answers = [{"text": text, "answer_start": start} for text, start in e.label]
+                answers = [{"text": text, "answer_start": start} for text, start in e.label]  # type: ignore[attr-defined]
                 qa |= {"answers": answers, "is_impossible": not answers}
             paragraphs.append({"context": e.text[1], "qas": [qa]})
         text = json.dumps({"version": "v2.0", "data": [{"title": "examples", "paragraphs": paragraphs}]})
@@ -464,7 +465,7 @@ def write_split(task, examples, folder, split):
     return path
 
 
-def write_submission(task, predictions, path):
+def write_submission(task, predictions: Sequence[float], path: str | Path) -> None:
     """GLUE's submission file: one prediction (class index or score) per row of the test file, in order."""
     if not task.header:
         raise ValueError(f"GLUE takes no submission for task {task.name}")
@@ -473,5 +474,3 @@ def write_submission(task, predictions, path):
     else:
         values = [file_label(task, int(label)) for label in predictions]
     write_text(path, "index\tprediction\n" + "".join(f"{i}\t{value}\n" for i, value in enumerate(values)))
-
-

@@ -11,6 +11,7 @@ the label.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reading import files
@@ -29,7 +30,9 @@ class Chat(Example):
     options: tuple = ()
 
 
-def read(path, prompt=(), answer=None, template="", labelled=True):
+def read(
+    path: str | files.Path, prompt: Sequence[str] = (), answer: str | None = None, template: str = "", labelled: bool = True
+) -> list[Example]:
     """Chats of a file. `prompt` and `answer` name columns (default: what KNOWN or CHATS finds in the first row);
     `template` has the columns' names in braces, "" joins them line by line. Without `labelled` the answer may be missing."""
     rows = rows_of(path)
@@ -38,7 +41,8 @@ def read(path, prompt=(), answer=None, template="", labelled=True):
     if not prompt and not chat:
         prompt, answer = next((known for known in KNOWN if known[0][0] in first), (None, None))
         if prompt is None:
-            raise bad(path, rows[0][0], f"no column of prompts is known among {brief(', '.join(first), 200)}: name them with --prompt, --answer")
+            raise bad(path, rows[0][0], f"no column of prompts is known among {brief(', '.join(first), 200)}: "
+                      "name them with --prompt, --answer")  # fmt: skip
         prompt = tuple(name for name in prompt if name in first)
     examples = []
     for i, (line, row) in enumerate(rows):
@@ -50,17 +54,17 @@ def read(path, prompt=(), answer=None, template="", labelled=True):
         if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
             raise bad(path, line, f"'options' is {brief(options)}, expected a list of texts")
         examples.append(Chat(str(row.get("id", i)), tuple(turns), label, tuple(options)))
-    return examples
+    return examples  # type: ignore[return-value]
 
 
-def rows_of(path):
+def rows_of(path: str | files.Path) -> list[tuple[int, dict]]:
     """[(line, object)] of JSON lines or of one JSON list."""
     text = files.read_text(path)
     if not text.lstrip().startswith("["):
         return files.json_rows(path, text)
     rows, at, line = [], text.index("[") + 1, 1
     gap = re.compile(r"[\s,]*")
-    while (start := gap.match(text, at).end()) < len(text) and text[start] != "]":
+    while (start := gap.match(text, at).end()) < len(text) and text[start] != "]":  # type: ignore[union-attr]
         line = text.count("\n", 0, start) + 1 if not rows else line + text.count("\n", at, start)
         try:
             end = json.JSONDecoder().raw_decode(text, start)[1]
@@ -78,7 +82,9 @@ def rows_of(path):
     return rows
 
 
-def column_turns(path, line, row, prompt, answer, template):
+def column_turns(
+    path: str | files.Path, line: int, row: dict, prompt: Sequence[str], answer: str | None, template: str
+) -> list[tuple[str, str]]:
     """[("user", prompt), ("assistant", answer)]; the second only where the row has it."""
     parts = {name: words(path, line, row, name) for name in prompt}
     try:
@@ -93,7 +99,7 @@ def column_turns(path, line, row, prompt, answer, template):
     return turns
 
 
-def chat_turns(path, line, row, key):
+def chat_turns(path: str | files.Path, line: int, row: dict, key: str) -> list[tuple[str, str]]:
     """[(role, words), ..] of a chat: after a system's words, user and assistant take turns."""
     role_key, words_key = CHATS[key]
     listed = files.get(path, line, row, key)
@@ -111,14 +117,14 @@ def chat_turns(path, line, row, key):
     return turns
 
 
-def words(path, line, row, name):
+def words(path: str | files.Path, line: int, row: dict, name: str) -> str:
     value = files.get(path, line, row, name)
     if not isinstance(value, str):
         raise bad(path, line, f"{name!r} is {brief(value)}, expected a text")
     return value
 
 
-def read_template(path):
+def read_template(path: str | files.Path) -> str:
     """The text of a template's file, with column names in braces; the line end at its end is none of it."""
     text = files.read_text(path).removesuffix("\n")
     if not re.search(r"\{\w+\}", text):
@@ -126,7 +132,7 @@ def read_template(path):
     return text
 
 
-def encode(examples, tokenizer, max_length, chat=False):
+def encode(examples: Sequence[Example], tokenizer, max_length: int, chat: bool = False) -> list[dict]:
     """Rows for the model: input_ids, `learn` (which tokens are of an answer, its end included), `prompt` (tokens before the
     last answer) and `cut` (whether something did not fit).
 
@@ -156,7 +162,7 @@ def encode(examples, tokenizer, max_length, chat=False):
     return rows
 
 
-def fitted(ids, learn, start, max_length):
+def fitted(ids: list[int], learn: list[bool], start: int, max_length: int) -> dict:
     """The row in max_length places: the beginning goes until it fits or the last answer has half the places, then the end."""
     over = max(len(ids) - max_length, 0)
     drop = min(max(start - max_length // 2, 0), over)
@@ -164,13 +170,13 @@ def fitted(ids, learn, start, max_length):
     return {"input_ids": ids, "learn": learn, "prompt": start - drop, "token_type_ids": None, "cut": over > 0}
 
 
-def plain(example):
+def plain(example: Example) -> list[tuple[str, bool]]:
     """[(text, whether it is an answer)] of the turns, one after the other."""
     turns = [(text, role == "assistant") for role, text in example.text]
     return turns + ([] if example.label is None else [(example.label, True)])
 
 
-def framed(example, tokenizer):
+def framed(example: Example, tokenizer) -> list[tuple[str, bool]]:
     """The same as the tokenizer's chat template writes them: an answer is what its turn adds to the text before it."""
     source = tokenizer.source
     if not getattr(source, "chat_template", None):
@@ -190,6 +196,6 @@ def framed(example, tokenizer):
     return pieces
 
 
-def without_specials(row):
+def without_specials(row: dict) -> list[int]:
     """Token ids of an encoded row without the special tokens around its text."""
     return [i for i, s in zip(row["input_ids"], row["sequence"]) if s is not None]

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from generated import suite  # noqa: E402
+from generated import suite
 
 examples, made = suite.examples, {}
 

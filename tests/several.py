@@ -1,6 +1,6 @@
 """What the processes do in tests/test_parallel.py, started by torchrun: one run after another, from a file of argument lists.
 
-    several.py FILE [STEP NUMBER]      # process NUMBER is killed before its STEP-th backward pass
+several.py FILE [STEP NUMBER]      # process NUMBER is killed before its STEP-th backward pass
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import train  # noqa: E402
+import train
 
 backward, steps = train.backward, []
 

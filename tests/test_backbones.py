@@ -118,9 +118,7 @@ def build_tokenizer(family):
         "decoder": ("<s> $A", "<s> $A <s> $B"),
         "encoder": ("<s> $A </s>", "<s> $A </s> $B:1 </s>:1"),
     }["t5" if family.startswith("t5") else "decoder" if family in DECODERS else "encoder"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=[("<s>", 1), ("</s>", 2)])
     names = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
     if FAMILIES[family][1]["pad_token_id"] is not None:
         names["pad_token"] = "<pad>"
@@ -323,8 +321,7 @@ def test_checkpointing_gives_the_same_gradients(loaded, family, kind):
 
 @pytest.mark.parametrize("family", ["roberta", "bert", "llama"])
 def test_a_heads_own_classes_come_in_our_order(family, tmp_path, checkpoint):
-    names = {"roberta": "RobertaForSequenceClassification", "bert": "BertForSequenceClassification", "llama": "LlamaForSequenceClassification"}
-    theirs = build_model(family, names[family])
+    theirs = build_model(family, {"roberta": "Roberta", "bert": "Bert", "llama": "Llama"}[family] + "ForSequenceClassification")
     theirs.config.id2label = {0: "YES", 1: "NO", 2: "MAYBE"}
     theirs.config.label2id = {label: i for i, label in theirs.config.id2label.items()}
     width = next(m for m in theirs.modules() if isinstance(m, nn.Linear) and m.out_features != 3).in_features
@@ -604,7 +601,8 @@ def test_a_checkpoints_own_code_is_not_run_whatever_stands_on_standard_input(che
     else:
         values |= {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
     config.write_text(json.dumps(values))
-    program = f"import sys; sys.path.insert(0, {ROOT!r})\nfrom harness import backbones\nbackbones.load({str(folder)!r}, 'classification', ('a', 'b'))"
+    program = f"import sys; sys.path.insert(0, {ROOT!r})\nfrom harness import backbones\n"
+    program += f"backbones.load({str(folder)!r}, 'classification', ('a', 'b'))"
     result = subprocess.run([sys.executable, "-c", program], input="y\n" * 9, capture_output=True, text=True, timeout=120)
     assert not mark.exists()
     if where == "config":

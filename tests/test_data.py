@@ -36,10 +36,7 @@ def test_features_carry_labels_and_at_most_max_length_tokens(tokenizer):
         task = TASKS[name]
         pool = string.ascii_lowercase + " " * 9
         examples = [
-            Example(
-                "0", tuple("".join(rng.choices(pool, k=rng.randrange(150))) for _ in range(1 + task.pair))
-            )
-            for _ in range(20)
+            Example("0", tuple("".join(rng.choices(pool, k=rng.randrange(150))) for _ in range(1 + task.pair))) for _ in range(20)
         ]
         for e in examples:
             e.label = {"classification": 1, "regression": 2.5, "span": ()}.get(
@@ -79,10 +76,7 @@ def test_batches_group_similar_lengths(tokenizer):
     rows = data.features(TASKS["cola"], examples, tokenizer, 64)
     real = sum(len(row["input_ids"]) for row in rows)
     plain = sum(max(len(row["input_ids"]) for row in rows[i : i + 8]) * 8 for i in range(0, 1000, 8))
-    padded = {
-        seed: sum(b["input_ids"].numel() for b in data.batches(rows, TASKS["cola"], 8, 0, seed))
-        for seed in (None, 0)
-    }
+    padded = {seed: sum(b["input_ids"].numel() for b in data.batches(rows, TASKS["cola"], 8, 0, seed)) for seed in (None, 0)}
     print("padding per token: in file order", plain / real - 1, {s: n / real - 1 for s, n in padded.items()})
     assert padded[None] < 1.01 * real and padded[0] < 1.05 * real and plain > 1.4 * real
     lengths = [b["input_ids"].shape[1] for b in data.batches(rows, TASKS["cola"], 8, 0)]
@@ -116,9 +110,7 @@ def test_batches_are_padded_tensors_of_the_right_kinds(tokenizer):
                 assert batch["input_ids"][b].tolist() == rows[i]["input_ids"] + [0] * (width - n)
             assert batch["attention_mask"][b].tolist() == [1] * n + [0] * (width - n)
             assert batch["token_type_ids"][b].tolist() == rows[i]["token_type_ids"] + [0] * (width - n)
-        assert {batch[k].dtype for k in ("input_ids", "attention_mask", "token_type_ids", "index")} == {
-            torch.int64
-        }
+        assert {batch[k].dtype for k in ("input_ids", "attention_mask", "token_type_ids", "index")} == {torch.int64}
         shape = {"cola": (2,), "stsb": (2,), "squad": (2, 2)}.get(name, (2, width))
         assert tuple(batch["labels"].shape) == shape
         assert batch["labels"].dtype == (torch.float32 if name == "stsb" else torch.int64)
@@ -165,10 +157,7 @@ def test_salient_words_are_masked_alone_in_their_share_of_the_rows(tokenizer):
 
 def test_masking_takes_20_percent_of_each_row_and_never_a_special_token(tokenizer):
     rng = random.Random(3)
-    examples = [
-        Example(str(i), ("the cat sees two big apples " * rng.randrange(1, 6),) * (1 + i % 2))
-        for i in range(500)
-    ]
+    examples = [Example(str(i), ("the cat sees two big apples " * rng.randrange(1, 6),) * (1 + i % 2)) for i in range(500)]
     examples += [Example("short", ("the",)), Example("empty", ("",))]
     rows = data.features(TASKS["mlm"], examples, tokenizer, 64)
     fates = Counter()
@@ -182,17 +171,13 @@ def test_masking_takes_20_percent_of_each_row_and_never_a_special_token(tokenize
             assert len(chosen) == (max(1, round(0.2 * words)) if words else 0)
             assert not set(chosen) & set(special)
             assert [labels[t] for t in chosen] == [ids[t] for t in chosen]
-            assert [x for t, x in enumerate(new[:n]) if t not in chosen] == [
-                x for t, x in enumerate(ids) if t not in chosen
-            ]
+            assert [x for t, x in enumerate(new[:n]) if t not in chosen] == [x for t, x in enumerate(ids) if t not in chosen]
             assert new[n:] == [0] * (len(new) - n)
             fates.update("mask" if new[t] == 3 else "same" if new[t] == ids[t] else "noise" for t in chosen)
             assert min((new[t] for t in chosen), default=3) >= 3
     shares = {name: count / fates.total() for name, count in fates.items()}
     print(shares, fates.total())
-    assert all(
-        abs(shares[name] - share) < 0.03 for name, share in (("mask", 0.4), ("noise", 0.3), ("same", 0.3))
-    )
+    assert all(abs(shares[name] - share) < 0.03 for name, share in (("mask", 0.4), ("noise", 0.3), ("same", 0.3)))
 
     def drawn(seed):
         return [batch["input_ids"].tolist() for batch in data.batches(rows, TASKS["mlm"], 16, 0, seed)]
@@ -219,9 +204,7 @@ def generated(monkeypatch):
 
 def test_generated_examples_come_from_the_suite(generated):
     assert data.load("cola", split="dev", seed=4)[2] == Example("2", ("cola dev 4 2",), 0)
-    seeds = {
-        data.load("mlm", split=split, seed=seed)[0].text[0] for split in data.SPLITS for seed in range(4)
-    }
+    seeds = {data.load("mlm", split=split, seed=seed)[0].text[0] for split in data.SPLITS for seed in range(4)}
     assert len(seeds) == 12 and len(data.load("clm")) == 30
 
 
@@ -257,9 +240,7 @@ def test_command_shows_counts_and_writes_what_reads_back(generated, tmp_path, ca
         ["--task", "mlm", "--write", "x"],
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
-    generated, tmp_path, monkeypatch, capsys, arguments
-):
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(generated, tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         data.main(arguments)

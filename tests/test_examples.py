@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples"))
 
 import trainer  # noqa: E402
+
 import triadapt  # noqa: E402
 
 

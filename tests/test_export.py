@@ -157,7 +157,7 @@ def csv(tmp_path):
 
 def test_from_the_command_line_while_training_and_afterwards(folders, csv, tmp_path, capsys):
     argv = ["--backbone", folders["roberta"], "--data", csv, "--text", "text", "--label", "label", "--method", "triadapt"]
-    argv += ["--max-length", "32", "--interval", "1", "--t0", "0", "--epochs", "2", "--lr", "0.05", "--no-figures", "--device", "cpu"]
+    argv += "--max-length 32 --interval 1 --t0 0 --epochs 2 --lr 0.05 --no-figures --device cpu".split()
     argv += ["--out", str(tmp_path / "run"), "--export-peft", str(tmp_path / "a"), "--export-merged", str(tmp_path / "b")]
     assert train.main([*argv, "--max-length", "64"]) == 2
     assert "--max-length 64 is more than the backbone's 38 positions" in capsys.readouterr().err
@@ -182,8 +182,8 @@ def test_mistakes_end_in_one_line(csv, tmp_path, capsys):
     argv = ["--data", csv, "--text", "text", "--label", "label", "--scratch", "--width", "16", "--heads", "2", "--depth", "1"]
     assert train.main([*argv, "--out", str(tmp_path / "run"), "--no-figures", "--epochs", "1"]) == 0
     capsys.readouterr()
-    for args, words in [([str(tmp_path / "run"), "--peft", "x"], "has no --backbone"), (["nowhere", "--peft", "x"], "is not a run folder")]:
-        assert export.main(args) == 2
+    for folder, words in [(tmp_path / "run", "has no --backbone"), ("nowhere", "is not a run folder")]:
+        assert export.main([str(folder), "--peft", "x"]) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
     with pytest.raises(SystemExit) as stop:

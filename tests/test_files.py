@@ -15,6 +15,8 @@ from data import TASKS, Example
 from reading import files
 
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+
+
 def write(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
@@ -25,7 +27,6 @@ def only_line(error):
     message = str(error.value)
     assert len(message.splitlines()) == 1, message
     return message
-
 
 
 # ---------------------------------------------------------------- the official layouts
@@ -100,9 +101,7 @@ OFFICIAL = [  # task, split, file name, content, expected (id, text, label) of t
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "task, split, name, content, last, rows", OFFICIAL, ids=[f"{t}-{s}" for t, s, *_ in OFFICIAL]
-)
+@pytest.mark.parametrize("task, split, name, content, last, rows", OFFICIAL, ids=[f"{t}-{s}" for t, s, *_ in OFFICIAL])
 def test_official_layout_is_read(tmp_path, task, split, name, content, last, rows):
     write(tmp_path / name, content)
     examples = data.load(task, tmp_path, split)
@@ -140,9 +139,7 @@ def test_hugging_face_exports_are_read_by_column_name(tmp_path, ending):
         writer.writerows(rows)
         content = out.getvalue()
     else:
-        content = (
-            "\t".join(rows[0]) + "\n" + "".join("\t".join(map(str, row.values())) + "\n" for row in rows)
-        )
+        content = "\t".join(rows[0]) + "\n" + "".join("\t".join(map(str, row.values())) + "\n" for row in rows)
     write(tmp_path / f"train.{ending}", content)
     for task in ("mrpc", "rte", "wnli"):
         got = data.load(task, tmp_path, "train")
@@ -154,9 +151,7 @@ def test_mnli_integers_mean_what_hugging_face_means_and_are_refused_elsewhere(tm
     labels = [TASKS["mnli"].labels[e.label] for e in data.load("mnli", tmp_path, "train")]
     assert labels == ["entailment", "neutral", "contradiction"]
     write(tmp_path / "train.tsv", "sentence1\tsentence2\tlabel\na\tb\t0\n")
-    with pytest.raises(
-        ValueError, match=r"train.tsv:2: label '0' is not one of 'contradiction, entailment, neutral'$"
-    ):
+    with pytest.raises(ValueError, match=r"train.tsv:2: label '0' is not one of 'contradiction, entailment, neutral'$"):
         data.load("mnli", tmp_path, "train")
 
 
@@ -261,9 +256,7 @@ def test_defects_of_files_without_a_header_and_of_scores(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"{path}:2: 3 columns, expected 4")):
         data.load("cola", path)
     path = write(tmp_path / "train.tsv", "gj04\t1\ta\ngj04\t1\ta\n")
-    with pytest.raises(
-        ValueError, match=r":1: no column 'sentence' \(or 4 columns without a header\); found: 'gj04, 1, a'"
-    ):
+    with pytest.raises(ValueError, match=r":1: no column 'sentence' \(or 4 columns without a header\); found: 'gj04, 1, a'"):
         data.load("cola", path)
     for score in ("5.1", "-0.5", "nan", "inf", "1_0", "1e999", "x", "", "٣"):
         path = write(tmp_path / "dev.tsv", f"sentence1\tsentence2\tscore\na\tb\t1\na\tb\t{score}\n")
@@ -408,9 +401,7 @@ def test_custom_classes_are_found_sorted_and_kept(tmp_path):
     other = write(tmp_path / "other.csv", "review,stars\nhm,sideways\n")
     with pytest.raises(ValueError, match="other.csv:2: label 'sideways' is not one of 'down, even, up'$"):
         data.load_custom(other, "review", "stars", task)
-    other = write(
-        tmp_path / "other.csv", "review,stars\nhm,0\n"
-    )  # an integer is no code for a class of yours
+    other = write(tmp_path / "other.csv", "review,stars\nhm,0\n")  # an integer is no code for a class of yours
     with pytest.raises(ValueError, match="label '0' is not one of"):
         data.load_custom(other, "review", "stars", task)
 
@@ -492,11 +483,7 @@ def mutated(content, rng):
         elif kind == 3:  # a piece comes twice
             content = content[:i] + content[i:j][:40] * 2 + content[j:] if j - i <= 40 else content
         elif kind == 4:  # a tab more or fewer, a comma, a quote
-            content = (
-                content[:i]
-                + rng.choice([b"\t", b",", b'"', b"\n", b"\r", b"\xe2\x80\xa8", b"}", b"\\"])
-                + content[i:]
-            )
+            content = content[:i] + rng.choice([b"\t", b",", b'"', b"\n", b"\r", b"\xe2\x80\xa8", b"}", b"\\"]) + content[i:]
         elif kind == 5:
             content = content.replace(rng.choice([b"\t", b",", b'"', b"\n"]), b"", 1)
         else:  # lines are lost, doubled, swapped
@@ -527,18 +514,13 @@ def fuzz(path, content, read, reference, rounds, seed):
 
 def tsv_lines(content):
     """Fields of a TSV, found in its bytes; blank lines left out."""
-    lines = [
-        line[:-1] if line.endswith(b"\r") else line
-        for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    ]
+    lines = [line[:-1] if line.endswith(b"\r") else line for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
     return [[field.decode() for field in line.split(b"\t")] for line in lines if line]
 
 
 def test_fuzz_tsv_with_and_without_a_header(tmp_path):
     rows = [('He said "no', 'a "b" c', 1), ("Zoë,\u2028 x ", "\ufeff", 0), ("", "b", 1), ("d", "e", 0)]
-    content = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "".join(
-        f"{y}\t1\t2\t{a}\t{b}\n" for a, b, y in rows
-    )
+    content = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "".join(f"{y}\t1\t2\t{a}\t{b}\n" for a, b, y in rows)
 
     def mrpc(content):
         head, *lines = tsv_lines(content)
@@ -598,9 +580,7 @@ def test_fuzz_squad(tmp_path):
             for paragraph in article["paragraphs"]:
                 for qa in paragraph["qas"]:
                     label = tuple((answer["text"], answer["answer_start"]) for answer in qa["answers"])
-                    assert all(
-                        paragraph["context"][start : start + len(text)] == text for text, start in label
-                    )
+                    assert all(paragraph["context"][start : start + len(text)] == text for text, start in label)
                     found.append(((qa["question"], paragraph["context"]), label))
         return found
 
@@ -610,10 +590,7 @@ def test_fuzz_squad(tmp_path):
 def test_tabs_and_lines_that_move_never_lose_a_row(tmp_path):
     rng, outcomes, path = random.Random(5), Counter(), tmp_path / "a.tsv"
     for _ in range(1000):
-        lines = [
-            f"{''.join(rng.choices('ab c', k=rng.randrange(9)))}\t{rng.randrange(2)}"
-            for _ in range(rng.randint(1, 9))
-        ]
+        lines = [f"{''.join(rng.choices('ab c', k=rng.randrange(9)))}\t{rng.randrange(2)}" for _ in range(rng.randint(1, 9))]
         for _ in range(rng.randrange(3)):
             i = rng.randrange(len(lines))
             j = rng.randrange(len(lines[i]) + 1)
@@ -633,9 +610,7 @@ def test_tabs_and_lines_that_move_never_lose_a_row(tmp_path):
             examples = data.load("sst2", path)
         except ValueError as error:
             line = int(re.match(re.escape(str(path)) + r":(\d+): ", str(error))[1]) - 2
-            assert (
-                line < 0 or lines[line].count("\t") != 1 or lines[line].split("\t")[1] not in ("0", "1")
-            ), error
+            assert line < 0 or lines[line].count("\t") != 1 or lines[line].split("\t")[1] not in ("0", "1"), error
             outcomes["error"] += 1
         else:
             assert len(examples) == sum(line != "" for line in lines)

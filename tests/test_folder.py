@@ -185,7 +185,8 @@ def test_a_config_that_was_changed_is_refused_in_one_line(finished, key, new, wo
 
 def test_a_config_that_is_no_json_is_refused_in_one_line(finished):
     path = finished / "config.json"
-    for content, words in [(b"{", "config.json line 1: not JSON"), (b"[" * 99_999, "not JSON (RecursionError)"), (b"\xff", "UnicodeDecodeError")]:
+    broken = {b"{": "config.json line 1: not JSON", b"[" * 99_999: "not JSON (RecursionError)", b"\xff": "UnicodeDecodeError"}
+    for content, words in broken.items():
         path.write_bytes(content)
         with pytest.raises(ValueError, match=re.escape(words)) as error:
             Run.open(str(finished))
@@ -284,7 +285,7 @@ def in_processes(jobs):
     ("triadapt", "--dropout 0.3 --interval 3 --t0 1 --delta 2"), ("task_tlora", ""),
 ])  # fmt: skip
 def test_a_kill_at_any_file_operation_leaves_one_step_and_a_run_that_resumes(csv, tmp_path, method, options):
-    flags = ["--data", csv, "--text", "text", "--label", "label", *TINY, "--batch-size", "16", "--epochs", "2", "--save-every", "3"]
+    flags = ["--data", csv, *"--text text --label label --batch-size 16 --epochs 2 --save-every 3".split(), *TINY]
     flags += ["--method", method, *options.split(), "--out"]
     whole = tmp_path / "whole"
     (code,) = in_processes([(0, [*flags, whole])])

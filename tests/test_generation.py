@@ -37,8 +37,8 @@ def test_one_at_a_time_the_likeliest_tokens_are_those_of_generate_and_every_toke
 def test_a_hugging_face_model_is_read_with_its_own_cache():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2)
-    model = transformers.LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)
     got = list(generation.tokens(model, [5, 6, 7], 10, -1, generation.sampler()))
@@ -48,7 +48,7 @@ def test_a_hugging_face_model_is_read_with_its_own_cache():
     assert got == ids[0, 3:].tolist() and len(set(got)) > 1
 
 
-@pytest.mark.parametrize("temperature, top_p, kept", [(1.0, 1.0, 4), (0.5, 1.0, 4), (1.0, 0.75, 2), (1.0, 0.5, 1), (2.0, 0.75, 3)])
+@pytest.mark.parametrize("temperature, top_p, kept", [(1, 1, 4), (0.5, 1, 4), (1, 0.75, 2), (1, 0.5, 1), (2, 0.75, 3)])
 def test_draws_follow_the_nucleus_of_the_tempered_softmax(temperature, top_p, kept):
     logits = torch.tensor([0.1, 0.5, 0.3, 0.1]).log()  # tokens 1, 2, then 0 and 3
     p = torch.tensor([0.1, 0.5, 0.3, 0.1]).double() ** (1 / temperature)
@@ -81,8 +81,9 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("sft")
     rows = [{"query": f"say {word} .", "response": word} for word in ("dog", "cat", "cow") * 12]
     (root / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = "--scratch --width 16 --depth 1 --heads 2 --hidden 16 --threads 1 --device cpu --no-figures --method full --epochs 4".split()
-    assert train.main(["--task", "sft", "--data", str(root / "f.jsonl"), "--out", str(root / "run"), *argv]) == 0
+    argv = "--task sft --scratch --width 16 --depth 1 --heads 2 --hidden 16 --threads 1 --device cpu --no-figures"
+    argv += " --method full --epochs 4"
+    assert train.main([*argv.split(), "--data", str(root / "f.jsonl"), "--out", str(root / "run")]) == 0
     return root / "run"
 
 
@@ -118,7 +119,8 @@ def test_predict_answers_prompts_of_standard_input_and_streams_on_a_terminal(run
 
 def test_flags_of_text_are_refused_where_no_text_is_written(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("text,label\n" + "a,x\nb,y\n" * 20)
-    argv = "--text text --label label --method head --scratch --width 8 --depth 1 --heads 1 --hidden 8 --threads 1 --device cpu --no-figures"
+    argv = "--text text --label label --method head --scratch --width 8 --depth 1 --heads 1 --hidden 8"
+    argv += " --threads 1 --device cpu --no-figures"
     assert train.main(["--data", str(tmp_path / "t.csv"), *argv.split(), "--out", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     assert predict.main([str(tmp_path / "run"), str(tmp_path / "t.csv"), "--temperature", "1"]) == 2

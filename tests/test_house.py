@@ -119,7 +119,7 @@ def functions(tree):
 
 
 def test_functions_fit_on_a_screen_and_take_few_parameters():
-    """Demos, tables of arguments and autograd's own forwards aside; a verb's keyword options are a method's flags, not parameters to carry about."""
+    """Demos and autograd's own forwards aside; a verb's keyword options are a method's flags, not parameters to carry about."""
     seen = 0
     for path, tree in TREES.items():
         for f in functions(tree):

@@ -14,20 +14,28 @@ from reading import instructions
 
 # Two rows of each published set, written for this test in its layout.
 PUBLISHED = {
-    "commonsense_170k.json": ([{"instruction": "Is ice cold?", "input": "", "output": "the correct answer is true", "answer": "true"},
-                               {"instruction": "Pick one.", "input": "a or b", "output": "the correct answer is b", "answer": "b"}],
-                              [((("user", "Is ice cold?"),), "the correct answer is true"),
-                               ((("user", "Pick one.\na or b"),), "the correct answer is b")]),
-    "MetaMathQA-395K.json": ([{"query": "How many are 1 and 2?", "response": "1+2=3\nThe answer is: 3", "type": "GSM_SV", "original_question": "?"},
-                              {"query": "2 times 4?", "response": "The answer is: 8", "type": "MATH_FOBAR", "original_question": "?"}],
-                             [((("user", "How many are 1 and 2?"),), "1+2=3\nThe answer is: 3"), ((("user", "2 times 4?"),), "The answer is: 8")]),
-    "Code-Feedback.jsonl": ([{"id": 7, "messages": [{"role": "user", "content": "sort"}, {"role": "assistant", "content": "sorted(x)"},
-                                                    {"role": "user", "content": "backwards"}, {"role": "assistant", "content": "x[::-1]"}]},
-                             {"id": 8, "messages": [{"role": "user", "content": "sum"}, {"role": "assistant", "content": "sum(x)"}]}],
-                            [((("user", "sort"), ("assistant", "sorted(x)"), ("user", "backwards")), "x[::-1]"), ((("user", "sum"),), "sum(x)")]),
-    "WizardLM_evol_instruct_V2_143k.json": ([{"idx": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
-                                             {"idx": "b", "conversations": [{"from": "human", "value": "bye"}, {"from": "gpt", "value": "see you"}]}],
-                                            [((("user", "hi"),), "hello"), ((("user", "bye"),), "see you")]),
+    "commonsense_170k.json": (
+        [{"instruction": "Is ice cold?", "input": "", "output": "the correct answer is true", "answer": "true"},
+         {"instruction": "Pick one.", "input": "a or b", "output": "the correct answer is b", "answer": "b"}],
+        [((("user", "Is ice cold?"),), "the correct answer is true"),
+         ((("user", "Pick one.\na or b"),), "the correct answer is b")],
+    ),
+    "MetaMathQA-395K.json": (
+        [{"query": "How many are 1 and 2?", "response": "1+2=3\nThe answer is: 3", "type": "GSM_SV", "original_question": "?"},
+         {"query": "2 times 4?", "response": "The answer is: 8", "type": "MATH_FOBAR", "original_question": "?"}],
+        [((("user", "How many are 1 and 2?"),), "1+2=3\nThe answer is: 3"), ((("user", "2 times 4?"),), "The answer is: 8")],
+    ),
+    "Code-Feedback.jsonl": (
+        [{"id": 7, "messages": [{"role": "user", "content": "sort"}, {"role": "assistant", "content": "sorted(x)"},
+                                {"role": "user", "content": "backwards"}, {"role": "assistant", "content": "x[::-1]"}]},
+         {"id": 8, "messages": [{"role": "user", "content": "sum"}, {"role": "assistant", "content": "sum(x)"}]}],
+        [((("user", "sort"), ("assistant", "sorted(x)"), ("user", "backwards")), "x[::-1]"), ((("user", "sum"),), "sum(x)")],
+    ),
+    "WizardLM_evol_instruct_V2_143k.json": (
+        [{"idx": "a", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+         {"idx": "b", "conversations": [{"from": "human", "value": "bye"}, {"from": "gpt", "value": "see you"}]}],
+        [((("user", "hi"),), "hello"), ((("user", "bye"),), "see you")],
+    ),
 }  # fmt: skip
 
 
@@ -70,12 +78,15 @@ def test_named_columns_a_template_and_options(tmp_path):
         ("[]", {}, ":1: a list without rows"),
         ("[3]", {}, ":1: expected a JSON object, found 3"),
         ('{"messages": []}', {}, ":1: 'messages' is [], expected a list of turns"),
-        ('{"messages": [{"role": "bot", "content": "x"}]}', {}, ":1: turn 1: 'role' is 'bot', expected one of system, user, human, assistant, gpt"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', {},
+         ":1: turn 1: 'role' is 'bot', expected one of system, user, human, assistant, gpt"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', {}, ":1: turn 1 is the assistant's, expected the user's"),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}', {}, ":1: turn 2 is the user's, expected the assistant's"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}', {},
+         ":1: turn 2 is the user's, expected the assistant's"),
         ('{"messages": [{"role": "user", "content": "x"}]}', {}, ":1: there is no answer to learn from"),
         ('{"q": "x", "a": "y"}', {"prompt": ("q",), "answer": "b"}, ":1: there is no answer to learn from"),
-        ('{"q": "x", "a": "y"}', {"prompt": ("q",), "answer": "a", "template": "{z}"}, ":1: the template does not fit the row: \"'z'\""),
+        ('{"q": "x", "a": "y"}', {"prompt": ("q",), "answer": "a", "template": "{z}"},
+         ":1: the template does not fit the row: \"'z'\""),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_with_file_and_line(text, more, words, tmp_path):
@@ -112,13 +123,15 @@ def test_math_problems_as_prompts_with_answers_are_the_same_rows(tmp_path):
     path = written(tmp_path / "math.jsonl", [{"query": e.text[0], "response": e.label} for e in examples])
     tokenizer = data.Tokenizer()
     rows = data.features(data.TASKS["math"], examples, tokenizer, 128)
-    assert data.features(data.TASKS["sft"], data.load("sft", path), tokenizer, 128) == rows and not any(row["cut"] for row in rows)
+    assert data.features(data.TASKS["sft"], data.load("sft", path), tokenizer, 128) == rows
+    assert not any(row["cut"] for row in rows)
 
 
 def test_texts_that_do_not_fit_lose_the_prompts_beginning_and_the_answers_end():
     tokenizer, task = data.Tokenizer(), data.TASKS["sft"]
     encode = lambda text: tokenizer.encode([(text,)])[0]["input_ids"]  # noqa: E731
-    for prompt, answer in [("who sings ? " * 20, "it is old"), ("why ?", "the dog is old . " * 20), ("who sings ? " * 20, "the dog . " * 20)]:
+    long = "who sings ? " * 20
+    for prompt, answer in [(long, "it is old"), ("why ?", "the dog is old . " * 20), (long, "the dog . " * 20)]:
         whole = encode(prompt) + encode(answer)[1:]
         row = data.features(task, [instructions.Chat("0", (("user", prompt),), answer)], tokenizer, 32)[0]
         assert len(row["input_ids"]) == 32 and row["cut"]
@@ -129,7 +142,8 @@ def test_texts_that_do_not_fit_lose_the_prompts_beginning_and_the_answers_end():
     assert not data.features(task, [instructions.Chat("0", (("user", "why ?"),), "old")], tokenizer, 32)[0]["cut"]
 
 
-TINY = "--scratch --width 32 --depth 1 --heads 2 --hidden 32 --threads 1 --device cpu --no-figures --method full --lr 0.01".split()
+TINY = "--scratch --width 32 --depth 1 --heads 2 --hidden 32 --method full --lr 0.01".split()
+TINY += "--threads 1 --device cpu --no-figures".split()
 
 
 def sft(path, out, *more):
@@ -139,7 +153,8 @@ def sft(path, out, *more):
 def test_a_run_learns_answers_predicts_them_and_resumes_its_layout(tmp_path, capsys):
     rng = random.Random(0)
     animals = {"dog": "barks", "cat": "purrs", "cow": "moos"}
-    rows = [{"ask": f"what does the {a} do {'now ' * rng.randint(0, 3)}?", "say": animals[a]} for a in rng.choices(list(animals), k=120)]
+    drawn = rng.choices(list(animals), k=120)
+    rows = [{"ask": f"what does the {a} do {'now ' * rng.randint(0, 3)}?", "say": animals[a]} for a in drawn]
     path = written(tmp_path / "f.jsonl", rows)
     assert sft(path, tmp_path / "run", "--prompt", "ask", "--answer", "say", "--epochs", 40) == 0
     last = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")][-1]
@@ -237,8 +252,8 @@ def test_llama_trains_predicts_and_writes_the_same_tokens_from_peft(llama, tmp_p
 def test_a_chat_template_frames_the_turns_and_its_marks_are_one_token(llama, tmp_path):
     transformers = pytest.importorskip("transformers")
     source = transformers.AutoTokenizer.from_pretrained(llama)
-    source.chat_template = ("{% for m in messages %}<s> {{ 'w4' if m.role == 'user' else 'w5' }} {{ m.content }} </s> {% endfor %}"
-                            "{% if add_generation_prompt %}<s> w5 {% endif %}")  # fmt: skip
+    source.chat_template = "{% for m in messages %}<s> {{ 'w4' if m.role == 'user' else 'w5' }} {{ m.content }} </s> {% endfor %}"
+    source.chat_template += "{% if add_generation_prompt %}<s> w5 {% endif %}"
     tokenizer, task = data.Tokenizer(source), data.TASKS["sft"]
     chat = instructions.Chat("0", (("user", "w6"), ("assistant", "w7 w8"), ("user", "w9 </s>")), "w10")
     from dataclasses import replace
@@ -254,8 +269,8 @@ def test_a_chat_template_frames_the_turns_and_its_marks_are_one_token(llama, tmp
 def test_a_base_in_bf16_has_adapters_in_float32_and_learns_as_in_float32(llama, tmp_path, capsys):
     path, losses = written(tmp_path / "f.jsonl", ROWS), {}
     for dtype in ("float32", "bf16"):
-        argv = ["--task", "sft", "--data", path, "--backbone", llama, "--lr", "0.01", "--epochs", "6", "--dtype", dtype, "--score", "loss"]
-        argv += ["--method", "triadapt", "--out", str(tmp_path / dtype), "--threads", "1", "--no-figures", "--max-length", "32"]
+        argv = ["--task", "sft", "--data", path, "--backbone", llama, "--dtype", dtype, "--out", str(tmp_path / dtype)]
+        argv += "--method triadapt --lr 0.01 --epochs 6 --score loss --threads 1 --no-figures --max-length 32".split()
         assert train.main(argv) == 0
         losses[dtype] = [json.loads(line)["dev_loss"] for line in open(tmp_path / dtype / "metrics.jsonl")]
     run = Run.open(str(tmp_path / "bf16"))
@@ -266,7 +281,8 @@ def test_a_base_in_bf16_has_adapters_in_float32_and_learns_as_in_float32(llama, 
     assert 0 < abs(losses["bf16"][-1] - losses["float32"][-1]) < 0.01
     found = run.predict(data.load(run.task, path), answering=False)["loss"]
     assert found == found
-    for more, words in [(["--method", "full"], "method full trains the base's own weights"), (["--precision", "float32"], "computes in bf16")]:
+    full, float32 = ["--method", "full"], ["--precision", "float32"]
+    for more, words in [(full, "method full trains the base's own weights"), (float32, "computes in bf16")]:
         with pytest.raises(SystemExit):
             train.main(["--task", "sft", "--data", path, "--backbone", llama, "--dtype", "bf16", *more])
         assert words in capsys.readouterr().err

@@ -33,9 +33,7 @@ def test_every_parameter_is_in_the_group_that_the_authors_rule_gives_it():
     for part in ("words", "norm", "head", "scale"):
         model[part].requires_grad_(True)
     names = {p: name for name, p in model.named_parameters()}
-    groups = {
-        (g["lr"], g["weight_decay"]): {names[p] for p in g["params"]} for g in lora_plus.param_groups(model, 1e-3, 0.1)
-    }
+    groups = {(g["lr"], g["weight_decay"]): {names[p] for p in g["params"]} for g in lora_plus.param_groups(model, 1e-3, 0.1)}
     assert groups == {
         (1e-3, 0.1): {"layer.A", "head.weight"},
         (1e-6, 0.1): {"words.weight"},
@@ -68,9 +66,7 @@ def test_losses_equal_those_of_pefts_optimizer_over_twenty_steps(dtype, bound):
     for name in parity.LAYERS:
         other = theirs.base_model.model.get_submodule(name)
         other.lora_A.default.weight.data.copy_(ours.get_submodule(name).A.data)
-    optimizer = create_loraplus_optimizer(
-        theirs, torch.optim.AdamW, lr=3e-3, loraplus_lr_ratio=5.0, loraplus_weight_decay=0.1
-    )
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=3e-3, loraplus_lr_ratio=5.0, loraplus_weight_decay=0.1)
     start = parity.network(dtype)[4].bias
     losses = parity.train(ours, torch.optim.AdamW(lora_plus.param_groups(ours, 3e-3, 0.1)), dtype)
     parity.assert_equal(losses, parity.train(theirs, optimizer, dtype), bound)

@@ -40,9 +40,7 @@ class Case:
     def __init__(self, kind, dtype=torch.float32, seed=0):
         torch.manual_seed(seed)
         if kind == "sequential":  # no bias in the first, m != n in all
-            self.model = nn.Sequential(
-                nn.Linear(12, 20, bias=False), nn.Tanh(), nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 3)
-            )
+            self.model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Tanh(), nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 3))
             self.targets, self.head = ["0", "2"], "4"
             self.inputs = torch.randn(6, 12, dtype=dtype)
         else:

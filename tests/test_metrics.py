@@ -73,9 +73,7 @@ def test_an_answer_has_30_tokens_at_most_as_in_berts_code():
 def test_span_labels_point_at_the_answer_and_predictions_give_its_text_back(tokenizer):
     rng, cut, found = random.Random(4), 0, 0
     for _ in range(200):
-        words = rng.choices(
-            ["the", "cat", "museum", "Zoë", "1,000", "日本", "(sold)", "dog."], k=rng.randint(1, 25)
-        )
+        words = rng.choices(["the", "cat", "museum", "Zoë", "1,000", "日本", "(sold)", "dog."], k=rng.randint(1, 25))
         context, a = " ".join(words), rng.randrange(len(words))
         b = min(len(words), a + rng.randint(1, 4))
         answer = " ".join(words[a:b])
@@ -97,9 +95,7 @@ def test_span_labels_point_at_the_answer_and_predictions_give_its_text_back(toke
         logits[0, 0] = 2.0  # now [CLS] wins
         assert metrics.predictions(TASKS["squad"], [(row, example)], logits)[0] == [""]
     assert cut > 20 and found > 100
-    assert data.features(TASKS["squad"], [Example("0", ("who ?", "a b"), ())], tokenizer, 48)[0][
-        "labels"
-    ] == (0, 0)
+    assert data.features(TASKS["squad"], [Example("0", ("who ?", "a b"), ())], tokenizer, 48)[0]["labels"] == (0, 0)
 
 
 def test_an_answer_without_spaces_around_it_does_not_take_its_neighbours(tokenizer):
@@ -129,12 +125,7 @@ def test_a_predicted_span_is_the_best_allowed_one(tokenizer):
     for _ in range(20):
         logits = rng.normal(size=(len(row["input_ids"]), 2))
         logits[0] -= 20
-        best = max(
-            (logits[i, 0] + logits[j, 1], i, j)
-            for i in tokens
-            for j in tokens
-            if 0 <= j - i < metrics.MAX_ANSWER
-        )
+        best = max((logits[i, 0] + logits[j, 1], i, j) for i in tokens for j in tokens if 0 <= j - i < metrics.MAX_ANSWER)
         text = example.text[1][row["offsets"][best[1]][0] : row["offsets"][best[2]][1]]
         assert metrics.predictions(TASKS["squad"], [(row, example)], logits[None])[0] == [text.strip()]
 
@@ -183,12 +174,7 @@ def test_degenerate_metrics_are_zero_and_never_nan():
     assert metrics.f1([0, 0], [0, 0]) == metrics.f1([1, 0], [0, 0]) == metrics.f1([0, 0], [1, 0]) == 0.0
     assert metrics.macro_f1([0, 0], [0, 0]) == 1.0 and metrics.macro_f1([0, 0], [1, 1]) == 0.0
     for metric in (metrics.pearson, metrics.spearman):
-        assert (
-            metric([2.5, 2.5, 2.5], [1, 2, 3])
-            == metric([1, 2, 3], [0.1, 0.1, 0.1])
-            == metric([1], [2])
-            == 0.0
-        )
+        assert metric([2.5, 2.5, 2.5], [1, 2, 3]) == metric([1, 2, 3], [0.1, 0.1, 0.1]) == metric([1], [2]) == 0.0
         assert metric([1e200, 2e200, 4e200], [1e-300, 2e-300, 4e-300]) == pytest.approx(1.0, abs=1e-12)
         assert metric([1e9 + 1, 1e9 + 2, 1e9 + 3], [3, 2, 1]) == pytest.approx(-1.0, abs=1e-12)
 
@@ -217,8 +203,7 @@ def test_correlations_equal_a_naive_reference():
     def correlation(x, y):
         mx, my = math.fsum(x) / len(x), math.fsum(y) / len(y)
         xy, xx, yy = (
-            math.fsum((a - m) * (b - k) for a, b in zip(u, v))
-            for u, v, m, k in ((x, y, mx, my), (x, x, mx, mx), (y, y, my, my))
+            math.fsum((a - m) * (b - k) for a, b in zip(u, v)) for u, v, m, k in ((x, y, mx, my), (x, x, mx, mx), (y, y, my, my))
         )
         return xy / math.sqrt(xx * yy) if xx * yy else 0.0
 
@@ -297,9 +282,7 @@ def test_score_gives_the_tasks_metrics_headline_first_and_refuses_what_it_cannot
         examples = [Example(str(i), ("a", "b"), i % 2) for i in range(5)]
         scores = metrics.score(TASKS[name], examples, [e.label for e in examples])
         assert tuple(scores) == TASKS[name].metrics and list(scores)[0] == headline
-        assert scores == pytest.approx(dict.fromkeys(scores, 1.0)) and {type(v) for v in scores.values()} == {
-            float
-        }
+        assert scores == pytest.approx(dict.fromkeys(scores, 1.0)) and {type(v) for v in scores.values()} == {float}
     with pytest.raises(ValueError, match="4 predictions for 5 examples"):
         metrics.score(TASKS["cola"], examples, [0] * 4)
     with pytest.raises(ValueError, match="prediction of row 1 is not finite"):
@@ -320,8 +303,9 @@ def test_exact_match_is_of_the_stripped_texts():
 @pytest.mark.parametrize(
     "label, prediction, same",
     [
-        ("so #### 1,200", "it is 1200.", True), ("7", "7 or 8", False), ("7", "8 or 7", True), ("3", "none", False), ("none", "none", False),
-        ("-.5", "1 - 1.5 is -0.5", True), ("-5", "5", False), ("2.50", "2.5", True), ("2.5", "2.", False), ("12,345.5", "12345.50", True),
+        ("so #### 1,200", "it is 1200.", True), ("7", "7 or 8", False), ("7", "8 or 7", True), ("3", "none", False),
+        ("none", "none", False), ("-.5", "1 - 1.5 is -0.5", True), ("-5", "5", False), ("2.50", "2.5", True),
+        ("2.5", "2.", False), ("12,345.5", "12345.50", True),
     ],
 )  # fmt: skip
 def test_the_last_numbers_are_compared_as_numbers(label, prediction, same):
@@ -331,7 +315,8 @@ def test_the_last_numbers_are_compared_as_numbers(label, prediction, same):
 @pytest.mark.parametrize(
     "label, prediction, same",
     [
-        (r"so \boxed{\frac{1}{2}}", r"\boxed{0}, no: \boxed{\frac{1} {2}} !", True), (r"\frac{1}{2}", r"\boxed{ \frac{1}{2} }", True),
+        (r"so \boxed{\frac{1}{2}}", r"\boxed{0}, no: \boxed{\frac{1} {2}} !", True),
+        (r"\frac{1}{2}", r"\boxed{ \frac{1}{2} }", True),
         ("1/2", r"\boxed{1/3}", False), (r"\boxed{3}", "3", False), (r"\boxed{4}", r"\boxed{4", False), ("4", r"\boxed{4", False),
         (r"\boxed{4", r"\boxed{4}", False), (r"\boxed{x}", r"\boxed{x}} and \boxed{{x}}", False), ("7", r"{\boxed{7}}", True),
     ],

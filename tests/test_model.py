@@ -243,9 +243,7 @@ def test_every_token_changes_every_logit_of_the_encoder():
 # ------------------------------------------------------------ parameters, initial values
 
 
-@pytest.mark.parametrize(
-    "kind, outputs, head", [("classification", 3, 3), ("regression", 0, 1), ("span", 0, 2), ("lm", 0, 0)]
-)
+@pytest.mark.parametrize("kind, outputs, head", [("classification", 3, 3), ("regression", 0, 1), ("span", 0, 2), ("lm", 0, 0)])
 def test_parameter_counts(kind, outputs, head):
     for V, d, depth, heads, hidden in [(50, 24, 2, 3, 40), (1000, 128, 4, 4, 512), (7, 8, 1, 1, 3)]:
         model = Transformer(Config(V, d, depth, heads, hidden), kind, outputs)
@@ -469,7 +467,7 @@ def test_generate_is_the_argmax_loop():
         ids = list(prompt)
         for _ in range(7):
             ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-        assert new == ids[len(prompt):]
+        assert new == ids[len(prompt) :]
     assert len({tuple(new) for new in got}) == 4
 
 
@@ -568,7 +566,7 @@ def test_wrong_files_are_refused_in_one_line(tmp_path):
             b"", b"hello", whole[:-1], whole[: len(whole) // 2], whole[:5], whole + b"x",
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
         ]
-    }
+    }  # fmt: skip
     for message, contents in cases.items():
         for content in contents:
             path.write_bytes(content)
@@ -748,7 +746,7 @@ def test_generating_makes_plain_ids_without_a_graph_and_nothing_where_nothing_is
 
 
 def test_targets_are_in_lists_of_blocks_and_heads_are_not():
-    linear = lambda: nn.Linear(4, 4)
+    linear = lambda: nn.Linear(4, 4)  # noqa: E731
     model = nn.ModuleDict({
         "blocks": nn.ModuleList([linear(), nn.Sequential(linear())]), "embed": nn.Embedding(4, 4),
         "pooler": nn.Sequential(nn.Tanh(), linear()), "classifier": linear(), "lm_head": linear(),

@@ -7,11 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from short import METHODS, TINY, adapter_of, rows_of
 
 import train
-from harness import folder, methods
+from harness import folder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALIKE = 1e-5
@@ -41,14 +40,26 @@ def torchrun(*command, processes=2, **more):
 def argv_of(csv, out, *more):
     flags = ["--data", csv, "--text", "text", "--label", "label", *ROWS]
     if os.path.basename(out) == "answers":
-        flags = ["--data", csv.replace("rows.csv", "answers.jsonl"), "--task", "sft", "--prompt", "say", "--answer", "answer", *ROWS]
+        flags = [
+            "--data",
+            csv.replace("rows.csv", "answers.jsonl"),
+            "--task",
+            "sft",
+            "--prompt",
+            "say",
+            "--answer",
+            "answer",
+            *ROWS,
+        ]
     return [*flags, *TINY, "--out", str(out), *map(str, more)]
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     words = ["river", "stone", "cloud", "tree", "house"]
-    rows = [f"a {words[i % 5]} is {'warm' if i % 2 else 'cold'} and {words[i // 5 % 5]},{'yes' if i % 2 else 'no'}" for i in range(60)]
+    rows = [
+        f"a {words[i % 5]} is {'warm' if i % 2 else 'cold'} and {words[i // 5 % 5]},{'yes' if i % 2 else 'no'}" for i in range(60)
+    ]
     path = tmp_path_factory.mktemp("rows") / "rows.csv"
     path.write_text("\n".join(["text,label", *rows]) + "\n")
     answers = [{"say": f"count to {i % 7}", "answer": " ".join(map(str, range(1, i % 7 + 1)))} for i in range(60)]
@@ -136,7 +147,9 @@ def test_a_killed_process_ends_the_run_in_one_line_and_any_number_resumes(table,
     assert result.returncode == 1 and "Traceback" not in result.stderr.partition("elastic")[0]
     if dies:
         assert len(said) == 1 and said[0].startswith("train.py: another process of this training has ended (")
-        assert said[0].endswith(f"{tmp_path / 'run'} keeps the state after step 13, the same command with --resume goes on from it")
+        assert said[0].endswith(
+            f"{tmp_path / 'run'} keeps the state after step 13, the same command with --resume goes on from it"
+        )
     assert folder.load_state(tmp_path / "run")[2]["step"] == 13  # evaluated, and saved, after each step
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     other = argv_of(table, tmp_path / "whole", *argv[argv.index("--out") + 2 :])
@@ -195,7 +208,9 @@ def test_under_distributed_data_parallel_growth_is_the_same_or_refused(tmp_path)
     (tmp_path / "ddp.py").write_text(DDP)
     result = torchrun(tmp_path / "ddp.py", "anew", env={**os.environ, "PYTHONPATH": ROOT})
     assert result.returncode == 0, result.stderr[-2000:]
-    lines = sorted(line for line in result.stderr.splitlines() if line.startswith("DistributedData") or line[:1] + line[-1:] == "[]")
+    lines = sorted(
+        line for line in result.stderr.splitlines() if line.startswith("DistributedData") or line[:1] + line[-1:] == "[]"
+    )
     assert lines[0] == lines[1] and lines[0].startswith("DistributedDataParallel would not train what grows")
     assert lines[2] == lines[3] and sum(json.loads(lines[2])) == 12
     result = torchrun(tmp_path / "ddp.py", env={**os.environ, "PYTHONPATH": ROOT})

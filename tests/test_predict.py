@@ -43,7 +43,8 @@ def runs(tmp_path_factory):
         rows = ["text,score"] + [f"{words[i % 7]} " * (1 + i % 5) + f",{i % 5}.5" for i in range(n)]
         (root / f"{split}-score.csv").write_text("\n".join(rows) + "\n")
     table = ["--data", str(root / "train.csv"), "--dev", str(root / "dev.csv"), "--text", "text", "--label", "mood"]
-    assert train.main([*table, "--method", "triadapt", "--lr", "0.02", "--out", str(root / "classes"), *TINY, "--epochs", "25"]) == 0
+    learns = "--method triadapt --lr 0.02 --epochs 25".split()
+    assert train.main([*table, "--out", str(root / "classes"), *TINY, *learns]) == 0
     pairs = ["--task", "rte", "--data", str(root / "RTE")]
     assert train.main([*pairs, "--method", "task_tlora", "--lr", "0.02", "--out", str(root / "pairs"), *TINY]) == 0
     table = ["--data", str(root / "train-score.csv"), "--dev", str(root / "dev-score.csv"), "--text", "text", "--label", "score"]
@@ -51,9 +52,7 @@ def runs(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize(
-    "run,file", [("classes", "dev.csv"), ("pairs", "RTE/dev.tsv"), ("scores", "dev-score.csv")]
-)
+@pytest.mark.parametrize("run,file", [("classes", "dev.csv"), ("pairs", "RTE/dev.tsv"), ("scores", "dev-score.csv")])
 def test_the_runs_development_metric_is_reproduced_exactly(runs, capsys, run, file):
     assert predict.main([str(runs / run), str(runs / file)]) == 0
     screen = capsys.readouterr()

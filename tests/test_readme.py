@@ -21,9 +21,8 @@ with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
 def test_the_ten_lines_to_copy_run(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     check = "\nassert type(model[0]) is torch.nn.Linear and loss.item() < 1.2\nprint('copied and run')"
-    result = subprocess.run(
-        [sys.executable, "-c", block + check], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True
-    )
+    where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": ROOT}}
+    result = subprocess.run([sys.executable, "-c", block + check], **where, capture_output=True, text=True)
     assert result.stdout == "copied and run\n", result.stderr
 
 

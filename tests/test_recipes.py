@@ -174,7 +174,7 @@ def test_flags_behind_the_file_win_and_those_before_it_do_not(tmp_path):
         ("--metod lora", "unrecognized arguments: --metod lora"),
         ("--lr fast", "argument --lr: invalid number value: 'fast'"),
         ("--method lora\n--orth 1", "--orth is no option of lora"),
-        ("--out 'a b\n--lr 1", "No closing quotation in the line \"--out 'a b\" of an @FILE"),
+        ("--out 'a b\n--lr 1", 'No closing quotation in the line "--out \'a b" of an @FILE'),
         ("@again.txt", "'@again.txt' stands in an @FILE, which names no other"),
     ],
 )

@@ -25,7 +25,8 @@ def test_what_was_written_comes_back_and_the_bytes_are_the_same(tmp_path):
     seal = sealed.write(str(tmp_path / "a"), tensors(), about)
     found, said, again = sealed.read(str(tmp_path / "a"))
     assert said == about and again == seal
-    assert found.keys() == tensors().keys() and all(torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in tensors().items())
+    assert found.keys() == tensors().keys()
+    assert all(torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in tensors().items())
     for i in range(5):  # dictionaries in another order
         mixed = dict(random.Random(i).sample(list(tensors().items()), 7))
         assert sealed.write(str(tmp_path / "b"), mixed, dict(reversed(about.items()))) == seal

@@ -16,7 +16,7 @@ def test_every_option_of_every_method_is_a_flag_with_its_help():
     text = re.sub(r"\s+", " ", flags.build_parser().format_help())
     seen = 0
     for method in METHODS:
-        for option, (_, default, words) in methods.options(method).items():
+        for option, (_, _, words) in methods.options(method).items():
             assert f"--{option.replace('_', '-')}" in text or f"--no-{option.replace('_', '-')}" in text
             assert words and len(words) > 10, (method, option)
             seen += 1
@@ -42,8 +42,10 @@ def test_every_option_of_every_method_is_a_flag_with_its_help():
         (["--kind", "regression"], "--kind, --merge-labels and --classes-ok go with --text COLUMN, for a file of your own"),
         (["--merge-labels"], "--kind, --merge-labels and --classes-ok go with --text COLUMN"),
         (["--classes-ok"], "--kind, --merge-labels and --classes-ok go with --text COLUMN"),
-        (["--data", "a.csv", "--text", "a", "--label", "b", "--kind", "regression", "--merge-labels"],
-         "--merge-labels and --classes-ok are for classes, --kind regression has scores"),
+        (
+            ["--data", "a.csv", "--text", "a", "--label", "b", "--kind", "regression", "--merge-labels"],
+            "--merge-labels and --classes-ok are for classes, --kind regression has scores",
+        ),
         (["--data", "a.csv", "--text", "a", "--label", "b", "--kind", "scores"], "argument --kind: invalid choice: 'scores'"),
         (["--help", "--method", "lorra"], "argument --method: invalid choice: 'lorra' (choose from"),
         (["--label", "a"], "--label and --dev go with --text COLUMN"),

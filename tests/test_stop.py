@@ -32,9 +32,10 @@ def test_the_first_signal_waits_for_what_must_be_whole():
 
 
 def begin(csv, out, *more):
-    flags = ["--data", csv, "--text", "text", "--label", "label", *TINY, "--method", "triadapt", "--dropout", "0.2", "--epochs", "60"]
-    flags += ["--interval", "7", "--t0", "3", "--delta", "1", "--save-every", "10", "--eval-every", "25", "--out", str(out), *more]
-    return subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = "--text text --label label --method triadapt --dropout 0.2 --epochs 60".split()
+    flags += "--interval 7 --t0 3 --delta 1 --save-every 10 --eval-every 25".split()
+    command = [sys.executable, "train.py", "--data", csv, *TINY, *flags, "--out", str(out), *more]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
@@ -50,7 +51,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_bit(csv, tmp_path, number, code):
     step = folder.load_state(tmp_path / "part")[2]["step"]
     assert 0 < step < 120
     if number != signal.SIGKILL:
-        assert err.endswith(f"keeps the state after step {step}, the same command with --resume goes on from it\n") and err.count("\n") == 1
+        assert err.endswith(f"keeps the state after step {step}, the same command with --resume goes on from it\n")
+        assert err.count("\n") == 1
     again = begin(csv, tmp_path / "part", "--resume")
     assert again.wait() == 0 and whole.wait() == 0, again.stderr.read()
     assert f"resumed after step {step}" in again.stdout.read()

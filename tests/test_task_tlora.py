@@ -1257,8 +1257,8 @@ def test_the_defaults_are_the_documented_ones():
         for verb in (calibrate, inject)
     ]
     assert defaults == [
-        {"exclude": (), "rank": 8, "alpha": 16.0, "samples": 32, "init": "wc", "svd": "fast", "adapt_rank": True, "adapt_scale": True,
-         "center": False, "spectrum": True, "memory": 2 * 1024**3},
+        {"exclude": (), "rank": 8, "alpha": 16.0, "samples": 32, "init": "wc", "svd": "fast", "adapt_rank": True,
+         "adapt_scale": True, "center": False, "spectrum": True, "memory": 2 * 1024**3},
         {"exclude": (), "plan": None, "rank": 8, "alpha": 16.0, "train_a": False, "dropout": 0.0},
     ]  # fmt: skip
 

@@ -231,9 +231,7 @@ def test_cosine_of_W0_plus_dW_as_in_the_authors_code_is_near_one_for_unrelated_u
 # ------------------------------------------------------------------------- the verbs
 
 
-@pytest.mark.parametrize(
-    "rank, tlora_count, lora_count", [(8, 3120, 786432), (16, 12336, 1572864), (32, 49200, 3145728)]
-)
+@pytest.mark.parametrize("rank, tlora_count, lora_count", [(8, 3120, 786432), (16, 12336, 1572864), (32, 49200, 3145728)])
 def test_trained_numbers_on_roberta_large_are_the_papers(rank, tlora_count, lora_count):
     def trained(method):
         linears = {name: nn.Linear(1024, 1024, device="meta") for name in ("query", "value", "output")}

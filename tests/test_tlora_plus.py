@@ -192,7 +192,7 @@ def test_the_summed_gradient_sizes_are_those_of_random_matrices_and_the_papers_a
     generator = torch.Generator().manual_seed(0)
     squares, draws = torch.zeros(3), 400
     for _ in range(draws):
-        normal = lambda *shape: torch.randn(*shape, generator=generator)
+        normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
         A, B, C = normal(r2, n) / n**0.5, normal(r1, r2) / r2**0.5, normal(m, r1) / r1**0.5
         squares += torch.stack([g.square().mean() for g in gradients(A, B, C, normal(m, n))]) / draws
     measured = squares.sqrt()  # G's entries have size 1
@@ -300,9 +300,7 @@ def test_measured_loss_changes_at_equal_paper_and_summed_rates(kind):
     assert_within(kind, shares, "summed", (0.6, 2.3), (0.15, 1.1))
 
 
-@pytest.mark.parametrize(
-    "m, n, r1, r2", [(3072, 768, 8, 8), (768, 3072, 8, 8), (768, 768, 16, 4), (768, 768, 4, 16)]
-)
+@pytest.mark.parametrize("m, n, r1, r2", [(3072, 768, 8, 8), (768, 3072, 8, 8), (768, 768, 16, 4), (768, 768, 4, 16)])
 def test_summed_balances_other_shapes_and_ranks_where_the_paper_overshoots_by_the_formula(m, n, r1, r2):
     shares = sign_descent_shares(m, n, r1, r2, "random signal")
     assert_within("random signal", shares, "summed", (0.8, 1.3), (0.85, 1.15))

@@ -39,18 +39,11 @@ def test_tokenizer_gives_back_any_text_and_knows_every_character(tokenizer):
         *TEXTS,
     ]
     for _ in range(500):
-        codes = [
-            rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000), rng.randrange(128)])
-            for _ in range(20)
-        ]
+        codes = [rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000), rng.randrange(128)]) for _ in range(20)]
         texts.append("".join(map(chr, codes)))
     for text, row in zip(texts, tokenizer.encode([(text,) for text in texts])):
         assert tokenizer.decode(row["input_ids"]) == text.removeprefix(" ")
-        assert (
-            row["input_ids"][0] == 1
-            and row["input_ids"][-1] == 2
-            and min(row["input_ids"][1:-1], default=4) > 3
-        )
+        assert row["input_ids"][0] == 1 and row["input_ids"][-1] == 2 and min(row["input_ids"][1:-1], default=4) > 3
         assert max(row["input_ids"]) < tokenizer.vocab_size
     assert tokenizer.backend.token_to_id("[UNK]") is None
 
@@ -111,9 +104,7 @@ def test_a_hugging_face_tokenizer_gives_its_own_ids_and_is_left_as_it_was(tokeni
         theirs = fast(*texts, truncation=True, max_length=20)
         assert mine["input_ids"] == theirs["input_ids"] and mine["token_type_ids"] == theirs["token_type_ids"]
         assert mine == tokenizer.encode([texts], 20)[0]
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, **names | {"model_input_names": ["input_ids"]}
-    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names | {"model_input_names": ["input_ids"]})
     untyped = data.Tokenizer(fast).encode([("the dog", "[SEP]")], 20)[0]
     assert untyped["input_ids"].count(2) == 2 and untyped["token_type_ids"] == [0] * len(untyped["input_ids"])
     assert fast.backend_tokenizer.to_str() == before

@@ -15,8 +15,8 @@ import train
 from harness import folder, methods
 from harness import run as running
 from harness.run import Run
-from harness.stop import Stopped
 from harness.settings import Settings
+from harness.stop import Stopped
 from model import Config, Transformer, load_base
 
 
@@ -101,7 +101,8 @@ def test_wrong_files_end_in_one_line_with_file_and_line(tmp_path, capsys, text, 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_its_folder_and_learns(csv, tmp_path, capsys, method):
     out = tmp_path / "run"
-    code, rows = go(csv, out, "--method", method, "--epochs", "12", "--lr", 0.003 if method == "lora_plus" else 0.02, "--head-lr", "0.02")
+    rate = 0.003 if method == "lora_plus" else 0.02
+    code, rows = go(csv, out, "--method", method, "--epochs", "12", "--lr", rate, "--head-lr", "0.02")
     assert code == 0 and len(rows) == 12
     made = {"config.json", "metrics.jsonl", "layers.jsonl", "adapter.safetensors"}
     assert set(os.listdir(out)) == made | ({"plan.json"} if hasattr(methods.module(method), "calibrate") else set())
@@ -204,12 +205,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(c
     monkeypatch.setattr(running, "loss_of", exploding)
     code, rows = go(csv, tmp_path / "run", "--method", "lora")
     assert code == 1 and len(rows) == 1
-    assert re.search(r"train.py: loss nan at step \d+: stopped; .* keeps the state after step \d+, the same command with --resume goes on from it\n$", capsys.readouterr().err)
+    words = r"train.py: loss nan at step \d+: stopped; .* keeps the state after step \d+, the same command with --resume goes on"
+    assert re.search(words + r" from it\n$", capsys.readouterr().err)
     assert all(t.isfinite().all() for t in adapter_of(tmp_path / "run").values())
 
 
 def test_total_rank_stays_within_the_budget_at_every_evaluation(csv, tmp_path):
-    code, rows = go(csv, tmp_path / "run", "--method", "triadapt", "--rank-ref", "3", "--interval", "1", "--t0", "0", "--delta", "2")
+    flags = "--method triadapt --rank-ref 3 --interval 1 --t0 0 --delta 2".split()
+    code, rows = go(csv, tmp_path / "run", *flags)
     ranks = [row["rank_total"] for row in rows]
     print(ranks)
     assert ranks[-1] == 3 * 6 and max(ranks) <= 18  # six matrices in the one block

@@ -80,9 +80,7 @@ def test_forms_of_words_follow_the_spelling_rules():
     for nouns in ("lily lilies", "boy boys", "fox foxes", "wolf wolves", "piano pianos", "potato potatoes"):
         singular, plural = nouns.split()
         assert world.noun_form(singular, True) == plural and world.noun_form(singular, False) == singular
-    assert world.written("a old dog and a unhappy man want a used car") == (
-        "an old dog and an unhappy man want a used car"
-    )
+    assert world.written("a old dog and a unhappy man want a used car") == ("an old dog and an unhappy man want a used car")
 
 
 def test_the_tables_know_every_word_they_name():
@@ -196,7 +194,8 @@ def test_different_changes_one_thing_and_nothing_it_must_keep():
         a, b = canonical(e), canonical(other)
         changed = [name for name in a if a[name] != b[name]]
         assert changed and not set(changed) & set(keep), (changed, keep)
-        assert len(changed) == 1 or changed in (["agent", "patient"], ["agent", "recipient"], ["tense", "time"], ["time", "tense"])
+        pairs = ("agent", "patient"), ("agent", "recipient"), ("tense", "time"), ("time", "tense")
+        assert len(changed) == 1 or tuple(changed) in pairs
         assert relation(a, b) == relation(b, a) == "neutral"
 
 
