@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 import data
 from harness import generation, metrics
@@ -67,7 +68,7 @@ def rows_of(task: data.Task, examples: Sequence[data.Example], found: dict, text
 def write_texts(run: Run, features: Sequence[dict], args: argparse.Namespace) -> dict:
     """The texts that a language model writes behind each prompt, one after the other, shown as they come on a terminal."""
     pick, texts = generation.sampler(args.temperature, args.top_p, args.seed), []
-    for row in features:
+    for row in tqdm(features, "writing", leave=False, disable=sys.stdout.isatty() or None):
         prompt = row["input_ids"][: row["prompt"]]
         with run.autocast():
             ids = generation.tokens(run.model, prompt, run.max_new, run.tokenizer.sep_id, pick)

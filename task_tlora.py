@@ -408,6 +408,7 @@ def calibrate(
     center: bool = False,
     spectrum=True,
     memory=2**31,
+    progress=iter,
 ) -> dict[str, Allocation]:
     """Algorithm 1: look at the task, return the plan {layer name: Allocation} for `inject`.
 
@@ -419,7 +420,8 @@ def calibrate(
 
     `memory`: bytes that the matrices C alive at once may take, one layer's at least. For all 28 GB of C of a
     model of 7e9 numbers, 2 GiB mean 16 forward passes per sample and fit beside its half-precision weights
-    on a card of 24 GB. `spectrum`: keep the eigenvalues of C, which take about as long as A.
+    on a card of 24 GB. `spectrum`: keep the eigenvalues of C, which take about as long as A. `progress` gets
+    the list of layers that are worked on behind that, and gives them one by one: tqdm, for another bar.
 
     Options:
         rank: rank r of the update; with adapted ranks, of the average layer
@@ -446,10 +448,11 @@ def calibrate(
     given = zip(ranks, scales, itertools.repeat(None), scores, shares(scores))
     plan = {name: Allocation(*each) for name, each in zip(linears, given)}
     needed = {name: linear for name, linear in linears.items() if spectrum or (plan[name].rank and init != "random")}
-    for part in in_parts(needed, memory):
-        covariances = see_inputs(model, part, batches, loss_fn, center)
-        for name, linear in part.items():
-            complete(plan[name], linear.weight.detach(), covariances.pop(name), init, svd, spectrum)
+    parts, covariances = in_parts(needed, memory), {}
+    for name in progress(list(needed)):
+        if not covariances:
+            covariances = see_inputs(model, next(parts), batches, loss_fn, center)
+        complete(plan[name], needed[name].weight.detach(), covariances.pop(name), init, svd, spectrum)
     return plan
 
 

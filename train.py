@@ -12,6 +12,7 @@ data before training), penalty (a term of the loss), before_step and after_step 
 the keyword arguments of its inject and calibrate, with their defaults and their docstrings' words.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import model as modelling
-from harness import backbones, exports, figures, folder, report
+from harness import backbones, exports, figures, folder, parallel, report
 from harness.run import Run, choose_device, to_device
 from harness.settings import default_rate, in_words, parse
 from harness.stop import Stop, Stopped
@@ -45,15 +46,17 @@ def train(run: Run, optimizer: torch.optim.Optimizer, progress: folder.Progress,
     tokens, clock = 0, time.perf_counter()
     evaluated(run, progress, saver, stop, None)  # a run that was stopped while it evaluated goes on there
     unread, looked = [], clock
-    for batches, labelled, length, bar in steps(run, progress.step):
+    for batches, labelled, n, length, bar in steps(run, progress.step):
         with stop.after():  # no signal leaves half a step
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate(progress.step, run.total_steps, run.warmup_steps, s.schedule)
             optimizer.zero_grad(set_to_none=True)
-            loss = backward(run, batches, labelled)
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            with parallel.drawing(s.seed, progress.step):
+                loss = backward(run, batches, labelled, n)
+            parallel.add_up(params, loss)
             if hasattr(method, "penalty") and (penalty := method.penalty(run.model)).requires_grad:
                 penalty.backward()
-            params = [p for group in optimizer.param_groups for p in group["params"]]
             norm = torch.nn.utils.clip_grad_norm_(params, s.clip or math.inf)
             unread.append((progress.step + 1, torch.stack((loss, norm.to(loss)))))
             if run.device.type == "cpu" or time.perf_counter() > looked + 0.3:
@@ -128,9 +131,10 @@ def culprit(model: torch.nn.Module) -> str:
     return f", in {name}" if (name := next(names, None)) else ""
 
 
-def steps(run: Run, done: int) -> Iterator[tuple[list[dict], list[int], int, tqdm]]:
-    """(batches of one optimizer step on the device, labels in each, tokens in all, progress bar), in the seeded order of each
-    epoch, after `done` steps. What stands in a batch is counted before a GPU has it: to ask it would be to wait for it."""
+def steps(run: Run, done: int) -> Iterator[tuple[list[dict], Sequence[int], int, int, tqdm]]:
+    """(batches of one optimizer step on the device, labels in each, labels and tokens of all processes, progress bar), in the
+    seeded order of each epoch, after `done` steps. What stands in a batch is counted before a GPU has it: to ask it would
+    be to wait for it."""
     s, per_epoch = run.settings, run.steps_per_epoch
     for epoch in range(done // per_epoch, math.ceil(run.total_steps / per_epoch)):
         first, last = max(done - epoch * per_epoch, 0), min(per_epoch, run.total_steps - epoch * per_epoch)
@@ -140,14 +144,15 @@ def steps(run: Run, done: int) -> Iterator[tuple[list[dict], list[int], int, tqd
         bar = tqdm(groups, f"epoch {epoch + 1}", last, initial=first, leave=False, disable=None)
         for group in bar:
             tokens = sum(int(batch["attention_mask"].sum()) for batch in group)
-            yield [to_device(batch, run.device) for batch in group], [run.labelled(batch) for batch in group], tokens, bar
+            mine, labelled = zip(*(parallel.part(batch, run.labelled) for batch in group))
+            yield [to_device(batch, run.device) for batch in mine], labelled, sum(map(run.labelled, group)), tokens, bar
 
 
-def backward(run: Run, batches: Sequence[dict], labelled: Sequence[int]) -> torch.Tensor:
-    """Add the gradient of the mean loss over all labels of the batches; returns that loss, a scalar on the device."""
+def backward(run: Run, batches: Sequence[dict], labelled: Sequence[int], n: int) -> torch.Tensor:
+    """Add the gradient of the mean loss over all n labels of a step; returns these batches' part of that loss, on the device."""
     total = 0.0
-    for batch, n in zip(batches, labelled):
-        part = n / sum(labelled) * run.forward(batch)
+    for batch, labels in zip(batches, labelled):
+        part = labels / n * run.forward(batch)
         part.backward()
         total = total + part.detach()
     return total  # type: ignore[return-value]
@@ -201,14 +206,17 @@ def fine_tune(s, command: str, stop: Stop) -> dict:
     if s.gradient_checkpointing:
         backbones.set_checkpointing(run.model)
     optimizer = torch.optim.AdamW(groups_of(run), lr=s.lr, betas=tuple(s.betas), fused=True)
-    with folder.lock(s.out):
+    parallel.wait()  # every process has looked into the folder before the first changes it
+    with folder.lock(s.out) if parallel.first() else contextlib.nullcontext():
         progress = folder.Progress() if state is None else folder.restore(optimizer, *state[1:])
         introduce(run, progress)
-        if state is None:
+        if state is None and parallel.first():
             folder.clear(s.out, run.config())
             if run.plan is not None:
                 folder.write_json(os.path.join(s.out, "plan.json"), run.method.describe(run.plan))
         train(run, optimizer, progress, stop)
+        if not parallel.first():
+            return progress.history[-1]
         folder.finish(run, progress)
         show(run, progress)
         os.remove(folder.state_path(s.out))  # last: what fails until here can be resumed
@@ -249,7 +257,8 @@ def introduce(run: Run, progress: folder.Progress) -> None:
     heads = [] if s.freeze_head else modelling.head_modules(run.model)
     print(f"method  {s.method}, {where}, head {', '.join(heads) or 'not trained'}: "
           f"{trained:,} trained of {everything:,} ({100 * trained / everything:.2f} %)")  # fmt: skip
-    print(f"device  {run.device} ({choose_device(s.device)[1]}), {s.precision}, {torch.get_num_threads()} threads")
+    print(f"device  {run.device} ({choose_device(s.device)[1]}), {s.precision}, {torch.get_num_threads()} threads"
+          + (f" in each of {parallel.count()} processes" if parallel.count() > 1 else ""))  # fmt: skip
     default, source = default_rate(s)
     source = source if s.lr == default else "as asked"
     print(f"steps   {run.total_steps:,} of {s.accumulate} x {s.batch_size} rows, lr {s.lr:g} ({source}; head {s.head_lr:g}) "
@@ -316,10 +325,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     settings = parse(argv, description=__doc__.split("\n\n")[0])
     try:
-        with Stop() as stop:
+        parallel.start()
+        with Stop(deaf=not parallel.first()) as stop:
             fine_tune(settings, "python train.py " + shlex.join(argv), stop)
-    except FloatingPointError as e:
-        print(f"train.py: {e}: stopped; {folder.kept(settings.out)}", file=sys.stderr)
+    except (FloatingPointError, parallel.Ended) as e:
+        if parallel.first():
+            print(f"train.py: {e}: stopped; {folder.kept(settings.out)}", file=sys.stderr)
         return 1
     except Stopped as e:
         print(f"train.py: stopped; {folder.kept(settings.out)}", file=sys.stderr)

@@ -62,6 +62,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -439,7 +440,14 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
     The layers that grew have new Parameters then: a list of parameters made before is stale. Raises before
     anything grows: ValueError for an optimizer that cannot grow and for a run that ends before growth begins,
     FloatingPointError for a score that is no number. A run too short for any event is warned of at step 1.
+
+    With several processes (torch.distributed) all grow alike, or a ValueError says that they have drifted apart.
+    DistributedDataParallel does not know the new Parameters: give this its `module`, and wrap that anew at an event.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "DistributedDataParallel would not train what grows: give after_step its module, and at an event wrap that anew"
+        )
     layers = wrapped_layers(model)
     growth = next(iter(layers.values())).growth
     for name, value in (("step", step), ("total", total)):
@@ -471,14 +479,38 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
         layer.reference.fill_(now)
     k = matrices_to_grow(budget, step, t0, total, growth["mode"], growth["fixed_k"])
     chosen = choose_growth(scores, ranks, limits, budget, k, growth["delta"])
+    check_alike((scores, ranks))
     for i, added in chosen:
         for old, new, dim in layers[names[i]].grow(added):
+            share(new)
             extend_in_optimizer(optimizer, old, new, dim)
     return {
         "grown": {names[i]: ranks[i] + added for i, added in chosen},
         "scores": dict(zip(names, scores)),
         "budget": budget - sum(added for _, added in chosen),
     }
+
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def check_alike(value: tuple) -> None:
+    """ValueError if another process has another `value`."""
+    if several():
+        found: list = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value)
+        if any(other != value for other in found):
+            raise ValueError(
+                "the processes have drifted apart: their scores or ranks differ (what an event grew must be wrapped anew)"
+            )
+
+
+def share(parameter: nn.Parameter) -> None:
+    """Make a Parameter in every process what it is in the first."""
+    if several():
+        dist.broadcast(parameter.data, 0)
 
 
 def watch(model: nn.Module) -> dict[str, dict[str, float]]:

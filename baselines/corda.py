@@ -117,12 +117,11 @@ def oriented(W: torch.Tensor, C: torch.Tensor, r: int, directions: str) -> tuple
 
 def calibrate(
     model: torch.nn.Module, targets: Sequence[str], batches: Iterable, loss_fn: Callable[..., torch.Tensor], *,
-    rank: int = 8, samples: int = 256, directions: Literal["ipm", "kpm"] = "ipm",
-    **walk,
+    rank: int = 8, samples: int = 256, directions: Literal["ipm", "kpm"] = "ipm", progress=iter, **walk,
 ) -> dict[str, Start]:  # fmt: skip
     """Look at inputs, return the plan {layer name: Start} for `inject`. `batches` yields batches of one example each
-    (padding would count as tokens), loss_fn(model, batch) runs the model. ValueError as inject's, and
-    where a layer sees NaN or nothing.
+    (padding would count as tokens), loss_fn(model, batch) runs the model, `progress` is tqdm for a bar over layers.
+    ValueError as inject's, and where a layer sees NaN or nothing.
 
     Options:
         rank: rank r of the trained part; the update of W0 has 2 r
@@ -134,7 +133,8 @@ def calibrate(
     linears = lora.find_linears(model, targets, **walk)
     check_rank(linears, rank)
     moments, plan = second_moments(model, linears, batches, loss_fn, samples), {}
-    for name, linear in linears.items():
+    for name in progress(list(linears)):
+        linear = linears[name]
         W, C = pissa.wide(linear.weight), moments.pop(name)
         B, A = oriented(W, C.to(W), rank, directions)
         plan[name] = Start(B.cpu(), A.cpu(), torch.linalg.eigvalsh(C).clamp_min(0).flip(0))

@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -89,7 +90,10 @@ class IncreLoRALinear(lora.LoRALinear):
         return self.base(input) + F.linear(x, dW.to(x.dtype))  # (..., m)
 
     def see(self, dW: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Score a backward pass. Several of one step are added; the authors keep the last."""
+        """Score a backward pass. Several of one step are added; the authors keep the last. Several processes score their sum."""
+        if dist.is_available() and dist.is_initialized():
+            gradient = gradient.clone()
+            dist.all_reduce(gradient)
         self.seen += (dW.float() * gradient.float()).abs().sum() / math.sqrt(dW.numel())  # type: ignore[assignment]
 
     def score(self) -> float:

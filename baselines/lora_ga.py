@@ -69,11 +69,12 @@ def approximated(G: torch.Tensor, r: int, gamma: float, variant: str) -> tuple[t
 
 def calibrate(
     model: torch.nn.Module, targets: Sequence[str], batches: Iterable, loss_fn: Callable[..., torch.Tensor], *,
-    rank: int = 8, samples: int = 128, gamma: float = 16.0,
-    variant: Literal["authors", "peft"] = "authors", **walk,
+    rank: int = 8, samples: int = 128, gamma: float = 16.0, variant: Literal["authors", "peft"] = "authors",
+    progress=iter, **walk,
 ) -> dict[str, corda.Start]:  # fmt: skip
     """Look at gradients, return the plan {layer name: corda.Start} for `inject`. `batches` yields batches,
-    loss_fn(model, batch) gives the scalar loss. ValueError as inject's, and where a gradient is zero or not finite.
+    loss_fn(model, batch) gives the scalar loss, `progress` is tqdm for a bar over layers. ValueError as inject's, and
+    where a gradient is zero or not finite.
 
     Options:
         rank: rank r of the trained part, at most half of the layer's smaller side; the update of W0 has 2 r
@@ -89,7 +90,7 @@ def calibrate(
     corda.check_rank(linears, rank, share=2)
     gradients = mean_gradients(model, linears, batches, loss_fn, samples)
     with torch.random.fork_rng(devices=[]):
-        return {name: corda.Start(*approximated(gradients[name], rank, gamma, variant)) for name in linears}
+        return {name: corda.Start(*approximated(gradients[name], rank, gamma, variant)) for name in progress(list(linears))}
 
 
 def inject(

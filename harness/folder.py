@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows: no lock
     fcntl = None
 
-from harness import sealed
+from harness import parallel, sealed
 from harness.settings import read_settings, typed
 from reading.files import write_text
 
@@ -198,11 +198,15 @@ class Saver:
 
     def due(self) -> bool:
         run, progress, _ = self.parts
+        if not parallel.first():
+            return False
         if run.settings.save_every:
             return progress.step % run.settings.save_every == 0
         return time.perf_counter() - self.last > 100 * self.cost
 
     def save(self) -> None:
+        if not parallel.first():
+            return
         start = time.perf_counter()
         save(*self.parts)
         self.last = time.perf_counter()

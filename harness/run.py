@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 import fast
 import model as modelling
-from harness import backbones, folder, methods, metrics, sealed
+from harness import backbones, folder, methods, metrics, parallel, sealed
 from harness.settings import Settings
 from reading import instructions
 
@@ -121,10 +121,13 @@ class Run:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(s.seed)).tolist()
         chosen = [features[i] for i in order[: s.options["samples"]]]
         rows = [next(data.batches([f], self.task, 1, self.tokenizer.pad_id, shuffle_seed=s.seed)) for f in chosen]
-        bar = tqdm([to_device(row, self.device) for row in rows], desc="calibrating", leave=False, disable=None)
+        bar = functools.partial(tqdm, leave=False, disable=None)
+        rows = bar([to_device(row, self.device) for row in rows], desc="calibrating")
         loss = lambda model, batch: loss_of(model, batch, self.task.kind)  # noqa: E731
         options = methods.accepted(self.method.calibrate, s.options)
-        return self.method.calibrate(self.model.to(self.device), targets, bar, loss, **options, **extra)
+        more = {**extra, "progress": functools.partial(bar, desc="initialising")}
+        plan = self.method.calibrate(self.model.to(self.device), targets, rows, loss, **options, **more)
+        return parallel.agreed(plan)
 
     def wrap(self, layers: list[str]) -> None:
         """Inject the method on the layers that an earlier run adapted; what it trained is loaded afterwards."""
@@ -219,11 +222,11 @@ class Run:
         features = self.features(examples) if features is None else features
         was_training = self.model.training
         self.model.eval()
-        answers, probabilities = [None] * len(features), [None] * len(features)
-        loss, labelled = 0.0, 0
+        said, loss, labelled = {}, 0.0, 0  # {row: (answer, probabilities)}
         size = self.settings.batch_size * (1 if self.task.kind == "lm" else 8)  # logits over a vocabulary are large
         batches = list(data.batches(features, self.task, size, self.tokenizer.pad_id))
-        for batch in tqdm(batches, desc="evaluating", leave=False, disable=None):
+        mine = batches[parallel.number() :: parallel.count()]
+        for batch in tqdm(mine, desc="evaluating", leave=False, disable=None):
             rows = batch.pop("index").tolist()
             batch = to_device(batch, self.device)
             if "labels" in batch:
@@ -239,10 +242,13 @@ class Run:
                 with self.autocast():
                     logits = modelling.logits(self.model, batch).float()
                 found, sure = metrics.predictions(self.task, [(features[i], examples[i]) for i in rows], logits)
-            for i, answer, p in zip(rows, found, sure):
-                answers[i], probabilities[i] = answer, p
+            said |= zip(rows, zip(found, sure))
         self.model.train(was_training)
-        return {"answers": answers, "probabilities": probabilities, "loss": loss / labelled if labelled else None}
+        parts = parallel.gather((said, loss, labelled))
+        said = {i: both for part, *_ in parts for i, both in part.items()}
+        loss, labelled = (sum(values) for values in list(zip(*parts))[1:])
+        answers, probabilities = zip(*(said.get(i, (None, None)) for i in range(len(features)))) if features else ((), ())
+        return {"answers": list(answers), "probabilities": list(probabilities), "loss": loss / labelled if labelled else None}
 
     def generate(self, features: Sequence[dict]) -> list[str]:
         """The texts that a language model writes behind some rows' prompts. The labels are drafts: they change none."""

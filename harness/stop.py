@@ -16,14 +16,17 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Turns the first SIGINT or SIGTERM into `Stopped`: at once, or, where it would leave half a step, at the end of it."""
+    """Turns the first SIGINT or SIGTERM into `Stopped`: at once, or, where it would leave half a step, at the end of it.
 
-    def __init__(self):
-        self.code, self.waiting = None, False
+    `deaf` ignores them: of several processes the first stops, and the others with it.
+    """
+
+    def __init__(self, deaf=False):
+        self.code, self.waiting, self.handler = None, False, signal.SIG_IGN if deaf else self.asked
 
     def __enter__(self):
         here = threading.current_thread() is threading.main_thread()  # elsewhere Python sets no handlers
-        self.before = {number: signal.signal(number, self.asked) for number in SIGNALS} if here else {}
+        self.before = {number: signal.signal(number, self.handler) for number in SIGNALS} if here else {}
         return self
 
     def __exit__(self, *_):

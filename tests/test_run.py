@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from short import METHODS, go
+from short import METHODS, TINY, go
 
 import data
 import train
 from harness import folder
 from harness import run as running
 from harness.run import Run
-from harness.settings import Settings
+from harness.settings import Settings, parse
 from model import Config, Transformer
 
 
@@ -97,3 +97,20 @@ def test_every_row_is_answered_in_every_batch_whatever_the_answers_before(csv, t
     alone = [run.predict([example])["answers"][0] for example in examples]
     run.settings.batch_size = size  # eight times as many are answered at once
     assert run.predict(examples)["answers"] == alone and len(examples) > 24 and set(alone) == {0, 1}
+
+
+@pytest.mark.parametrize("method", ["task_tlora", "corda", "lora_ga"])
+def test_calibrating_shows_a_bar_over_samples_and_one_over_layers(csv, tmp_path, monkeypatch, method):
+    bars = []
+
+    def bar(items, desc, **more):
+        bars.append([desc, len(items), 0])
+        for item in items:
+            bars[-1][2] += 1
+            yield item
+
+    monkeypatch.setattr(running, "tqdm", bar)
+    argv = ["--data", csv, "--text", "text", "--label", "label", "--out", str(tmp_path / "run"), *TINY]
+    run = Run.start(parse([*argv, "--method", method, "--rank", "4", "--samples", "5"]))
+    run.adapt()
+    assert bars == [["calibrating", 5, 5], ["initialising", 6, 6]]

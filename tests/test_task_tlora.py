@@ -282,7 +282,10 @@ def test_C_is_held_for_as_many_layers_as_fit_and_the_plan_is_the_same_to_the_bit
     passes = []
     loss = lambda model, batch: passes.append(torch.is_grad_enabled()) or loss_fn(model, batch)  # noqa: E731
     monkeypatch.setattr(task_tlora, "see_inputs", counting)
-    plan = calibrate(transformer(), TARGETS, examples(), loss, rank=2, memory=1024 * kilobytes)
+    bars = []
+    bar = lambda names: bars.append(names) or iter(names)  # noqa: E731
+    plan = calibrate(transformer(), TARGETS, examples(), loss, rank=2, memory=1024 * kilobytes, progress=bar)
+    assert bars == [TARGETS]
     assert same(plan, whole) and len({given.score for given in plan.values()}) == len(TARGETS)
     assert sum(calls, []) == TARGETS and len(calls) == parts
     assert passes == [True] * 6 + [False] * 6 * parts

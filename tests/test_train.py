@@ -38,11 +38,11 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch():
     parts = [{"input_ids": ids[a:b], "labels": labels[a:b]} for a, b in ((0, 4), (4, 8), (8, 10))]
     task = dataclasses.replace(data.TASKS["mnli"], labels=("a", "b", "c"))
     run = Run(Settings(precision="float32"), task, model, None, "")
-    loss = train.backward(run, parts, [4, 4, 2])
+    loss = train.backward(run, parts, [4, 4, 2], 10)
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     whole = {"input_ids": ids, "labels": labels}
-    assert abs(train.backward(run, [whole], [10]) - loss) < 1e-6 and abs(run.forward(whole).item() - loss) < 1e-6
+    assert abs(train.backward(run, [whole], [10], 10) - loss) < 1e-6 and abs(run.forward(whole).item() - loss) < 1e-6
     error = max((g - p.grad).abs().max().item() for g, p in zip(grads, (p for p in model.parameters() if p.grad is not None)))
     print("error", error, "largest gradient", max(g.abs().max().item() for g in grads))
     assert error < 1e-7 < max(g.abs().max().item() for g in grads)  # losses are float32

@@ -1076,3 +1076,69 @@ def test_the_demo_shows_the_function_kept_the_growth_and_the_low_scores_of_the_g
     assert len(events) >= 3 and left == 0
     assert f"ranks {ranks}; * grew at the event before" in text and ranks["2"] == max(ranks.values())
     assert 0 < float(re.search(r"merged into Linear\(.*largest difference (.*)", text)[1]) < 1e-5
+
+
+# ------------------------------------------------------------------- several processes
+
+
+class Both:
+    """Stands for torch.distributed in the second of two processes, whose first has `there` and Parameters of 0.5."""
+
+    def __init__(self, there=None, count=2):
+        self.there, self.count, self.sent = there, count, []
+
+    def is_available(self):
+        return self.count > 0
+
+    def is_initialized(self):
+        return self.count > 0
+
+    def get_world_size(self):
+        return self.count
+
+    def all_gather_object(self, found, value):
+        assert len(found) == self.count
+        found[:] = [self.there or value, value]
+
+    def broadcast(self, tensor, source):
+        assert source == 0
+        self.sent.append(tensor)
+        tensor.fill_(0.5)
+
+
+def test_several_processes_grow_alike_or_are_told(monkeypatch):
+    model, loss = problem(rank_ref=6, delta=1)
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-2, 0.0))
+    monkeypatch.setattr(triadapt, "dist", both := Both())
+    before = [layer.rank for layer in triadapt.wrapped_layers(model).values()]
+    train(model, loss, optimizer, range(1, 4))
+    after = [layer.rank for layer in triadapt.wrapped_layers(model).values()]
+    assert sum(after) > sum(before)
+    grown = [layer for layer, r in zip(triadapt.wrapped_layers(model).values(), before) if layer.rank > r]
+    held = {p for layer in grown for p in (layer.A, layer.B, layer.L, layer.U)}
+    assert {t.data_ptr() for t in both.sent} == {p.data_ptr() for p in held}
+    assert all((p == 0.5).all() for p in held)  # the first process's, moments and all else their own
+    monkeypatch.setattr(triadapt, "dist", Both(there=([0.0], [1])))
+    ranks = [layer.rank for layer in triadapt.wrapped_layers(model).values()]
+    with pytest.raises(ValueError, match="the processes have drifted apart"):
+        train(model, loss, optimizer, range(4, 7))
+    assert [layer.rank for layer in triadapt.wrapped_layers(model).values()] == ranks
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_process_asks_nobody(monkeypatch, count):
+    monkeypatch.setattr(triadapt, "dist", both := Both(there="somebody else", count=count))
+    triadapt.check_alike("mine")
+    triadapt.share(nn.Parameter(torch.ones(2)))
+    assert not both.sent
+
+
+def test_distributed_data_parallel_is_refused_for_what_grows_is_unknown_to_it(tmp_path):
+    model, _ = problem()
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-2, 0.0))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="give after_step its module"):
+            after_step(nn.parallel.DistributedDataParallel(model), optimizer, 1, 9)
+    finally:
+        torch.distributed.destroy_process_group()
