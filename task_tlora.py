@@ -412,16 +412,13 @@ def calibrate(
 ) -> dict[str, Allocation]:
     """Algorithm 1: look at the task, return the plan {layer name: Allocation} for `inject`.
 
-    `batches` yields batches of one example each (wrap it in tqdm for a progress bar; fewer than `samples`
-    will do), loss_fn(model, batch) gives the scalar loss and leaves the batch as it is: it comes again. The
-    model is in eval mode meanwhile; modes, requires_grad and the state of the random generator come back as
-    they were. ValueError as `inject` says, if there is no batch, if no gradient comes, and where a layer
-    sees NaN or infinity.
-
-    `memory`: bytes that the matrices C alive at once may take, one layer's at least. For all 28 GB of C of a
-    model of 7e9 numbers, 2 GiB mean 16 forward passes per sample and fit beside its half-precision weights
-    on a card of 24 GB. `spectrum`: keep the eigenvalues of C, which take about as long as A. `progress` gets
-    the list of layers that are worked on behind that, and gives them one by one: tqdm, for another bar.
+    `batches` yields batches of one example each (fewer than `samples` will do), loss_fn(model, batch) gives the
+    scalar loss and leaves the batch as it is: it comes again. The model is in eval mode meanwhile; modes,
+    requires_grad and the random generator's state come back as they were. ValueError as `inject` says, if there
+    is no batch, if no gradient comes, and where a layer sees NaN or infinity.
+    `memory`: bytes that the matrices C alive at once may take, one layer's at least: of the 28 GB of a model of
+    7e9 numbers, 2 GiB mean 16 forward passes per sample. `spectrum`: keep the eigenvalues of C, which take about
+    as long as A. For bars, wrap `batches` in tqdm and give tqdm as `progress`, which gets the list of layers.
 
     Options:
         rank: rank r of the update; with adapted ranks, of the average layer
