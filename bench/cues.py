@@ -1,12 +1,13 @@
 """What the labels of the generated tasks betray on their surface: bags of words, and the second text alone.
 
-    python bench/cues.py            # writes bench/cues.md; about three minutes
+    python bench/cues.py --write    # writes bench/cues.md; about three minutes
 
 A logistic regression (ridge regression for stsb) on word counts, trained on the training split and measured on the
 development split, with the best of three penalties there: an upper estimate. "both" counts the words of the two texts
 apart, "second" those of the second text only. For squad it says whether there is an answer, for math which number.
 """
 
+import argparse
 import os
 import sys
 
@@ -86,6 +87,9 @@ def constant(task):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write bench/cues.md")
+    write = parser.parse_args().write
     lines = ["| task | metric | constant answer | bag of words | second text alone |", "|---|---|--:|--:|--:|"]
     for name in data.GENERATED:
         task = data.TASKS[name]
@@ -100,8 +104,9 @@ def main():
 penalties. Bag of words: a logistic regression on the counts of both texts; last column: on those of the second.
 
 """
-    with open(os.path.join(ROOT, "bench", "cues.md"), "w") as f:
-        f.write(text + "\n".join(lines) + "\n")
+    if write:
+        with open(os.path.join(ROOT, "bench", "cues.md"), "w") as f:
+            f.write(text + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -82,14 +82,14 @@ def measure(contestant, *batch):
             "optimizer": optimizer_bytes(contestant), "adapter": adapter_bytes(contestant)}  # fmt: skip
 
 
-def table(measured):
+def table(rows):
     lines = ["| | peak, MB | / PEFT LoRA | saved, MB | / PEFT LoRA | optimizer, kB | adapter, kB |",
              "|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
-    yard = measured["PEFT LoRA"]
-    for name, sizes in measured.items():
-        cells = [f"{sizes[x] / 1e6:.1f} | {sizes[x] / yard[x]:.2f}" for x in ("peak", "saved")]
-        cells += [f"{sizes[x] / 1e3:.1f}" for x in ("optimizer", "adapter")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    yard = next(row for row in rows if row["contestant"] == "PEFT LoRA")
+    for row in rows:
+        cells = [f"{row[x] / 1e6:.1f} | {row[x] / yard[x]:.2f}" for x in ("peak_bytes", "saved_bytes")]
+        cells += [f"{row[x] / 1e3:.1f}" for x in ("optimizer_bytes", "adapter_bytes")]
+        lines.append(f"| {row['contestant']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -104,7 +104,7 @@ def main():
             measured[name] = measure(made.pop(name), ids, labels, args.bf16)
         rows += [{"contestant": name, **speed.facts_of(args, width, depth),
                   **{f"{x}_bytes": size for x, size in sizes.items()}} for name, sizes in measured.items()]  # fmt: skip
-        parts.append(f"Width {width}, {depth} blocks:\n\n{table(measured)}\n")
+        parts.append(f"Width {width}, {depth} blocks:\n\n{table(rows[-len(measured) :])}\n")
     speed.report(args, "memory", "one step each", parts, rows)
 
 

@@ -194,6 +194,19 @@ def table(rows):
     return "\n".join(lines)
 
 
+README = {"frozen backbone": "floor", "LoRA": "lora, fast", "TLoRA+": "tlora_plus, fast", "Task-aware TLoRA": "task_tlora, fast",
+          "TriAdaptLoRA": "triadapt, fast", "TLoRA": "tlora, fast", "without its dropout": "tlora, no dropout, fast"}  # fmt: skip
+
+
+def readme(rows):
+    """The table of README.md: ratios to PEFT's LoRA by width."""
+    lines = ["| width | " + " | ".join(README) + " |", "|" + "--:|" * (len(README) + 1)]
+    for width in dict.fromkeys(row["width"] for row in rows):
+        ratios = {row["contestant"]: row["to_peft"] for row in rows if row["width"] == width}
+        lines.append(f"| {width} | " + " | ".join(f"{ratios[name]:.2f}" for name in README.values()) + " |")
+    return "\n".join(lines)
+
+
 def arguments(parser, shapes, rounds):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

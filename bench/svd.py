@@ -1,11 +1,12 @@
 """How fast, and how near, `fast_vectors` of task_tlora.py is to the full SVD.
 
-    OMP_NUM_THREADS=1 python bench/svd.py        # two minutes on one core; writes bench/svd.md
+    OMP_NUM_THREADS=1 python bench/svd.py --write    # two minutes on one core; writes bench/svd.md
 
 Both get the same W (m, n) and C (n, n) in float64 and give A (r, n). They take turns and
 the time is the processor's, so that whatever else the machine does hardly counts; the times are medians.
 """
 
+import argparse
 import os
 import platform
 import statistics
@@ -71,6 +72,9 @@ def processor():
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write bench/svd.md")
+    write = parser.parse_args().write
     lines = [
         "# A of Task-aware TLoRA: full SVD or block Krylov",
         "",
@@ -100,8 +104,9 @@ def main():
         for r, kind in rows:
             lines.append(compare(m, n, r, kind, repeats))
             print(lines[-1], flush=True)
-    with open(os.path.join(HERE, "svd.md"), "w") as f:
-        f.write("\n".join(lines) + "\n")
+    if write:
+        with open(os.path.join(HERE, "svd.md"), "w") as f:
+            f.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

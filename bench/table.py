@@ -1,14 +1,14 @@
 """Every method on every generated task, over seeds: the table of the README, and what the tasks were made to show.
 
-    python bench/table.py                         # all methods, all tasks, seeds 0 1 2: some hours on two cores
+    python bench/table.py --write                 # all methods, all tasks, seeds 0 1 2: some hours on two cores
     python bench/table.py --methods head full lora-r1 lora --tasks mnli rte --seeds 0 1 2
     python bench/table.py --jobs 1 --minutes 50   # starts no run after 50 minutes; go on another day
 
 Each run is `python train.py --method M --task T --seed S` with the defaults of that method and task. Finished runs are
 kept in bench/table.jsonl and not run again while the base, the tokenizer, the task's rows, the code and the defaults are
 the same; what changed is run anew, and until then the table says how many of its runs are old. The slowest run of a method on a
-task is timed once more, alone on two cores, if it took more than a minute. bench/table.md and the table in README.md are
-rewritten from these rows alone.
+task is timed once more, alone on two cores, if it took more than a minute. With --write bench/table.md, the
+picture docs/results.png and the table in README.md are made anew of these rows alone.
 """
 
 import argparse
@@ -227,6 +227,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many minutes")
+    parser.add_argument("--write", action="store_true", help="write bench/table.md, docs/results.png and README's table")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     rows = read_rows()
@@ -252,7 +253,8 @@ def main():
                 row["alone"] = again["seconds"]
                 save(rows)
                 print(f"{method:12s} {task:6s} alone  {row['alone']} s", flush=True)
-    write(rows)
+    if args.write:
+        write(rows)
     print(table(rows), verdicts(rows), sep="\n\n")
 
 
