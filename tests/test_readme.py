@@ -20,7 +20,8 @@ with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
 
 def test_the_lines_to_copy_learn_what_is_there_to_learn(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    check = "\nassert type(model[0]) is type(model[2]) is torch.nn.Linear\nprint(torch.nn.functional.mse_loss(model(x), y).item())"
+    check = "\nassert type(model[0]) is type(model[2]) is torch.nn.Linear"
+    check += "\nprint(torch.nn.functional.mse_loss(model(x), y).item())"
     where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": ROOT}}
     result = subprocess.run([sys.executable, "-c", block + check], **where, capture_output=True, text=True)
     *events, last = result.stdout.splitlines()
