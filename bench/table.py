@@ -73,7 +73,8 @@ def holds(row):
 def caption(rows):
     """A sentence about rows of earlier code, empty if there are none."""
     old = sum(not holds(row) for row in rows)
-    return f"{old} of these {len(rows)} runs are of an earlier version of the code or its defaults." if old else ""
+    which = "All" if old == len(rows) else f"{old} of these"
+    return f"{which} {len(rows)} runs are of an earlier version of the code or its defaults." if old else ""
 
 
 def run(method, task, seed, deadline, threads=1):
