@@ -239,7 +239,7 @@ def valid(rows):
 
 
 def work(args):
-    """Keep `jobs` runs going until nothing is asked for or the time is up; each is written down as it ends."""
+    """Keep `jobs` runs going until args.plan(rows) asks for none or the time is up; each is written down as it ends."""
     rows = valid([row for path in {ROWS, args.rows} for row in read(path)])
     deadline = time.monotonic() + 60 * args.minutes
     running = {}
@@ -247,7 +247,7 @@ def work(args):
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context, prepare) as pool, open(args.rows, "a") as file:
         while True:
             busy = set(map(key, running.values()))
-            for run in plan(rows, args) if time.monotonic() < deadline else []:
+            for run in args.plan(rows) if time.monotonic() < deadline else []:
                 if len(running) < args.jobs and key(run) not in busy:
                     busy.add(key(run))
                     running[pool.submit(carry_out, run, args.places(run["task"]))] = run
@@ -386,7 +386,7 @@ def main():
     def places(task):
         return ["--backbone", args.backbone, "--data", os.path.join(args.data, folders[task])] if args.study == "encoder" else []
 
-    args.places = places
+    args.places, args.plan = places, lambda rows: plan(rows, args)
     work(args)
 
 

@@ -1,0 +1,214 @@
+"""The papers' four headline claims: what each says, what is found here, whether it holds.
+
+    python bench/claims.py T2 --jobs 2     # makes the runs that are missing (hours), then says what they show
+    python bench/claims.py T2 --show       # what the kept rows show
+    python bench/claims.py pages           # docs/claims.md, from the rows of bench/sweep.jsonl alone
+
+Contestants train at the rate chosen for them (train.py's default, docs/rates.md) on the seeds 0 to 7, on which nothing was
+chosen, and are scored on the test split. They are paired by seed: the same head, the same order of rows. A difference is a mean
+over the tasks, seed by seed; its interval and p are those of a paired t-test, two-sided, p by Holm over all questions. A
+claim holds, or does not hold here, at p < 0.01; else it is undecided.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import sweep
+
+PAGE = os.path.join(sweep.ROOT, "docs", "claims.md")
+LEVEL = 0.01
+
+# contestant: (method, flags beside the defaults)
+CONTESTANTS = {
+    **{name: (name, []) for name in ("lora", "tlora", "lora_xs", "tlora_plus", "task_tlora", "adalora", "increlora")},
+    **{f"{name}-r{rank}": (name, ["--rank", str(rank)]) for name in ("lora", "tlora_plus", "tlora") for rank in (32, 64)},
+    **{f"{name}-small": (name, ["--lr", "0.0003"]) for name in ("lora", "task_tlora")},
+    "linear": ("triadapt", []),
+    "nonlinear": ("triadapt", ["--mode", "nonlinear"]),
+    "fixed-k": ("triadapt", ["--mode", "fixed"]),
+}  # fmt: skip
+
+# claim: (paper, its words, questions: (words, one, other, margin): is `one` more than `other` + margin?)
+CLAIMS = {
+    "T2": (
+        "TLoRA, arXiv 2504.18735",
+        "TLoRA achieves comparable performance to existing low-rank methods such as LoRA and Adapter-based techniques, while "
+        "requiring significantly fewer trainable parameters.",
+        [
+            ("TLoRA is less than a point below LoRA", "tlora", "lora", -1.0),
+            ("TLoRA, whose outer matrices are random, is above LoRA-XS, whose are those of W0's SVD", "tlora", "lora_xs", 0.0),
+        ],
+    ),
+    "P2": (
+        "TLoRA+, arXiv 2604.13368",
+        "It significantly outperforms TLoRA and even achieves better performance than LoRA. [..] TLoRA consistently "
+        "underperforms across all evaluated architectures and rank configurations. [..] our approach achieves its most significant performance "
+        "gains at higher ranks.",
+        [
+            ("TLoRA+ is above TLoRA", "tlora_plus", "tlora", 0.0),
+            ("TLoRA+ is above LoRA", "tlora_plus", "lora", 0.0),
+            *((f"at rank {r} TLoRA+ is above TLoRA", f"tlora_plus-r{r}", f"tlora-r{r}", 0.0) for r in (32, 64)),
+            *((f"at rank {r} TLoRA+ is above LoRA", f"tlora_plus-r{r}", f"lora-r{r}", 0.0) for r in (32, 64)),
+        ],
+    ),
+    "K1": (
+        "Task-aware TLoRA, arXiv 2604.18124",
+        "TLoRA significantly outperforms LoRA and its variants on multiple benchmarks, even with an approximately 50% reduction "
+        "in parameter count. (Table 1: 85.96 on average.)",
+        [
+            ("Task-aware TLoRA is above LoRA, each at its own rate", "task_tlora", "lora", 0.0),
+            ("Task-aware TLoRA is above LoRA, both at 3e-4, its paper's rate", "task_tlora-small", "lora-small", 0.0),
+        ],
+    ),
+    "A1": (
+        "TriAdaptLoRA, arXiv 2501.08008",
+        "TriAdaptLoRA consistently outperforms existing PEFT methods. [..] particularly under linear threshold-driven rank "
+        "growth. (Table I: linear > nonlinear > fixed-k > IncreLoRA > LoRA > AdaLoRA.)",
+        [
+            (f"{one} is above {other}", one, other, 0.0)
+            for one, other in (
+                ("linear", "nonlinear"), ("nonlinear", "fixed-k"), ("fixed-k", "increlora"), ("increlora", "lora"),
+                ("lora", "adalora"), ("linear", "lora"),
+            )
+        ],
+    ),
+}  # fmt: skip
+
+
+def wanted(rows, claim):
+    """Runs of a claim that no row has, seed by seed: dicts for sweep.carry_out."""
+    names = list(dict.fromkeys(name for _, *pair, _ in CLAIMS[claim][2] for name in pair))
+    runs = []
+    for seed in sweep.FRESH:
+        for method, flags in map(CONTESTANTS.get, names):
+            run = {"study": "compare", "method": method, "k": None, "seed": seed, "flags": flags}
+            runs += [{**run, "task": task} for task in sweep.TASKS]
+    have = {sweep.key(row) for row in rows}
+    return [run for run in runs if sweep.key(run) not in have]
+
+
+def scores(rows, name):
+    """{(seed, task): test score in points of 100} of a contestant; a run that ended in NaN has 0."""
+    method, flags = CONTESTANTS[name]
+    mine = [row for row in rows if (row["study"], row["method"], row["flags"]) == ("compare", method, flags)]
+    return {(row["seed"], row["task"]): 100 * row["test"][sweep.headline(row["task"])] if row["test"] else 0.0 for row in mine}
+
+
+def differences(rows, one, other, margin=0.0):
+    """One number a seed that both have on every task: the mean over tasks of one - other - margin."""
+    a, b = scores(rows, one), scores(rows, other)
+    seeds = [seed for seed in sweep.FRESH if all((seed, task) in a and (seed, task) in b for task in sweep.TASKS)]
+    return [statistics.mean(a[seed, task] - b[seed, task] for task in sweep.TASKS) - margin for seed in seeds]
+
+
+def two_sided(t, df):
+    """P(|T| > |t|) of Student's T with df degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(df))
+    c, term, total = math.cos(angle), 1.0, 0.0
+    for i in range(df // 2):
+        total += term
+        term *= c * c * ((2 * i + 2) / (2 * i + 3) if df % 2 else (2 * i + 1) / (2 * i + 2))
+    inside = math.sin(angle) * total if df % 2 == 0 else 2 / math.pi * (angle + math.sin(angle) * c * total)
+    return max(0.0, 1 - inside)
+
+
+def quantile(p, df):
+    """The t with two_sided(t, df) = p, by bisection."""
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided(middle, df) > p else (low, middle)
+    return low
+
+
+def paired(values):
+    """(mean, half of its 95 % interval, p) of differences; p is 1 where they are all zero, 0 where all are the same."""
+    mean, spread, n = statistics.mean(values), statistics.stdev(values), len(values)
+    error = spread / math.sqrt(n)
+    p = two_sided(mean / error, n - 1) if error else float(mean == 0)
+    return mean, quantile(0.05, n - 1) * error, p
+
+
+def holm(ps):
+    """The p values corrected for their number (Holm 1979), in their order."""
+    order, corrected, largest = sorted(range(len(ps)), key=lambda i: ps[i]), [0.0] * len(ps), 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - place) * ps[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def answers(rows):
+    """{(claim, question): (mean difference, half interval, p by Holm, verdict), or None where seeds lack}, of all claims."""
+    found = {}
+    for claim, (_, _, questions) in CLAIMS.items():
+        for words, one, other, margin in questions:
+            values = differences(rows, one, other, margin)
+            found[claim, words] = (*paired(values), margin) if len(values) == len(sweep.FRESH) else None
+    done = [key for key, value in found.items() if value]
+    for key, p in zip(done, holm([found[key][2] for key in done])):
+        mean, half, _, margin = found[key]
+        found[key] = mean + margin, half, p, verdict(mean, p)
+    return found
+
+
+def verdict(mean, p):
+    return "undecided" if p >= LEVEL else "holds" if mean > 0 else "does not hold here"
+
+
+def section(claim, rows, found):
+    """One claim as markdown."""
+    paper, words, questions = CLAIMS[claim]
+    lines = [f"## {claim}: {paper}", "", f"> {words}", "", f"`python bench/claims.py {claim}`", "",
+             "| question | difference, points | 95 % | p | |", "|---|--:|--:|--:|---|"]  # fmt: skip
+    for question, one, other, margin in questions:
+        if found[claim, question] is None:
+            seeds = len(differences(rows, one, other))
+            lines.append(f"| {question} | | | | not yet: {seeds} of {len(sweep.FRESH)} seeds |")
+        else:
+            mean, half, p, word = found[claim, question]
+            than = f" (wanted: above {margin:g})" if margin else ""
+            lines.append(f"| {question} | {mean:+.2f}{than} | ± {half:.2f} | {p:.4f} | {word} |")
+    return "\n".join(lines)
+
+
+def text():
+    """docs/claims.md."""
+    rows = sweep.valid(sweep.read(sweep.ROWS))
+    found = answers(rows)
+    parts = "\n\n".join(section(claim, rows, found) for claim in CLAIMS)
+    return f"""# The papers' headline claims
+
+Made by `python bench/claims.py pages` from the rows of `bench/sweep.jsonl`: the generated tasks {", ".join(sweep.TASKS)}, the
+tiny base, seeds 0 to 7, the test split, each contestant at its own best rate ([rates.md](rates.md)) and the same epochs. How a
+verdict is reached: the docstring of [bench/claims.py](../bench/claims.py).
+
+{parts}
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claim", choices=[*CLAIMS, "pages"])
+    parser.add_argument("--show", action="store_true", help="make no runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
+    args = parser.parse_args()
+    if args.claim == "pages":
+        with open(PAGE, "w", encoding="utf-8") as f:
+            f.write(text())
+        return
+    if not args.show:
+        args.rows, args.places, args.plan = sweep.ROWS, lambda task: [], lambda rows: wanted(rows, args.claim)
+        sweep.work(args)
+    rows = sweep.valid(sweep.read(sweep.ROWS))
+    print(section(args.claim, rows, answers(rows)))
+
+
+if __name__ == "__main__":
+    main()

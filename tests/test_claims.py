@@ -1,0 +1,72 @@
+"""bench/claims.py: the statistics against tables and by hand, and what it says of rows that are made up."""
+
+import os
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "bench"))
+
+import claims  # noqa: E402
+import sweep  # noqa: E402
+
+from harness.settings import parse  # noqa: E402
+
+
+# of a printed table of Student's t, two-sided
+@pytest.mark.parametrize("df,p,t", [(1, 0.05, 12.706), (2, 0.05, 4.303), (4, 0.01, 4.604), (7, 0.05, 2.365), (7, 0.01, 3.499),
+                                    (10, 0.001, 4.587), (30, 0.05, 2.042)])  # fmt: skip
+def test_students_t_is_that_of_the_tables(df, p, t):
+    assert abs(claims.two_sided(t, df) - p) < 2e-4 * p / 0.05 + 1e-5 and claims.two_sided(-t, df) == claims.two_sided(t, df)
+    assert abs(claims.quantile(p, df) - t) < 6e-4
+    assert claims.two_sided(0.0, df) == 1.0
+
+
+def test_a_paired_difference_by_hand():
+    mean, half, p = claims.paired([1.0, 2.0, 3.0])  # standard error 1 / sqrt(3)
+    assert mean == 2.0 and abs(half - 4.3027 / 3**0.5) < 1e-3 and abs(p - 0.0742) < 1e-4
+    assert claims.paired([0.0, 0.0])[2] == 1.0 and claims.paired([1.0, 1.0]) == (1.0, 0.0, 0.0)
+
+
+def test_holm_by_hand():
+    assert claims.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert claims.holm([0.9, 0.8]) == [1.0, 1.0] and claims.holm([]) == []
+
+
+def rows(**means):
+    """Rows of contestants whose test score is as given, a little more with the seed; every task counts the same."""
+    made = []
+    for name, mean in means.items():
+        method, flags = claims.CONTESTANTS[name.replace("_r", "-r")]
+        for seed in sweep.FRESH:
+            for task in sweep.TASKS:
+                test = {sweep.headline(task): (mean + seed / 100 * (1 + (name != "lora") / 10)) / 100}
+                made.append(
+                    {"study": "compare", "method": method, "task": task, "k": None, "seed": seed, "flags": flags, "test": test}
+                )
+    return made
+
+
+def test_verdicts_of_made_up_rows():
+    found = claims.answers(rows(lora=80.0, tlora=79.5, tlora_plus=79.5))
+    within = found["T2", "TLoRA is less than a point below LoRA"]
+    above, better = found["P2", "TLoRA+ is above LoRA"], found["P2", "TLoRA+ is above TLoRA"]
+    assert within[3] == "holds" and abs(within[0] + 0.5) < 0.01 and 0 < within[1] < 0.01
+    assert above[3] == "does not hold here" and above[0] == pytest.approx(within[0])
+    assert better[3] == "undecided" and better[0] == 0 and better[2] == 1.0
+    assert found["K1", "Task-aware TLoRA is above LoRA, each at its own rate"] is None
+    missing = [row for row in rows(lora=80.0, tlora=80.0) if (row["seed"], row["task"]) != (3, "math")]
+    assert (
+        len(claims.differences(missing, "tlora", "lora")) == 7
+        and claims.answers(missing)["T2", "TLoRA is less than a point below LoRA"] is None
+    )
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS)
+def test_each_claim_asks_for_runs_that_parse_and_for_none_twice(claim):
+    runs = claims.wanted([], claim)
+    assert len({sweep.key(run) for run in runs}) == len(runs) and {run["seed"] for run in runs} == set(range(8))
+    for run in {tuple(run["flags"]): run for run in runs}.values():
+        parse(["--method", run["method"], "--task", run["task"], *run["flags"]])
+    assert claims.wanted([dict(run, test=None) for run in runs[1:]], claim) == runs[:1]
