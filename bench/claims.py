@@ -47,8 +47,8 @@ CLAIMS = {
     "P2": (
         "TLoRA+, arXiv 2604.13368",
         "It significantly outperforms TLoRA and even achieves better performance than LoRA. [..] TLoRA consistently "
-        "underperforms across all evaluated architectures and rank configurations. [..] our approach achieves its most significant performance "
-        "gains at higher ranks.",
+        "underperforms across all evaluated architectures and rank configurations. [..] our approach achieves its most "
+        "significant performance gains at higher ranks.",
         [
             ("TLoRA+ is above TLoRA", "tlora_plus", "tlora", 0.0),
             ("TLoRA+ is above LoRA", "tlora_plus", "lora", 0.0),
