@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import model as modelling
-from harness import backbones, exports, figures, folder, report
+from harness import backbones, exports, figures, folder, report, sealed
 from harness.run import Run, choose_device, to_device
 from harness.settings import default_rate, in_words, parse
 from harness.stop import Stop, Stopped
@@ -274,6 +274,7 @@ def show(run, progress):
         if run.layers:
             run.method.merge(run.model)
         modelling.save_base(run.model, s.save_base)
+        sealed.seal(s.save_base)
         print(f"base written to {s.save_base}")
     if s.export_peft:
         exports.export_peft(run, s.export_peft)

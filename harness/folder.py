@@ -36,6 +36,7 @@ FILES = {
     "config.json", "metrics.jsonl", "layers.jsonl", "adapter.safetensors", "state.safetensors", "plan.json", "cosine.json",
     "curves.png", "histograms.png", "eigenvalues.png", "spectrum.png", "report.html",
 }  # fmt: skip
+TABLES = ("metrics.jsonl", "layers.jsonl", "plan.json")  # what pages and figures are made from
 # Settings that change no number of a run.
 FREE = {"resume", "overwrite", "out", "save_every", "no_figures", "compare", "save_base", "export_peft", "export_merged", "options"}
 CONFIG = {
@@ -275,8 +276,20 @@ def finish(run, progress):
     seal = sealed.write(os.path.join(out, "adapter.safetensors"), adapter_state(run.model, run.keep), about)
     write_lines(os.path.join(out, "metrics.jsonl"), progress.history)
     write_lines(os.path.join(out, "layers.jsonl"), progress.layers)
-    config = {**run.config(), "finished": {"step": progress.step, "adapter": seal}}
+    sums = {name: sealed.of_file(os.path.join(out, name)) for name in TABLES if os.path.exists(os.path.join(out, name))}
+    config = {**run.config(), "finished": {"step": progress.step, "adapter": seal, **sums}}
     write_json(os.path.join(out, "config.json"), config)
+
+
+def finished(out):
+    """config.json of a run that finished and whose tables are as it left them. ValueError in one line."""
+    config = read_config(out)
+    if not config["finished"]:
+        raise ValueError(f"{out} holds a run that did not finish: it has no metrics.jsonl yet")
+    for name in TABLES:
+        if config["finished"].get(name) and config["finished"][name] != sealed.of_file(os.path.join(out, name)):
+            raise ValueError(f"{out}: its {name} is not the one that this run finished with")
+    return config
 
 
 def read_run(out):

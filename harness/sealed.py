@@ -3,10 +3,12 @@
 safetensors checks that a file is whole, not that its numbers are the ones written. Here the header has one entry,
 "sealed": the sha256 of a JSON text, and that text: whatever the writer has to say, and a sha256 of each tensor, its
 name, type and shape included. One flipped bit anywhere is refused. No pickle, and the same content gives the same bytes.
+Bases have it too; those of assets/, which are older, have their sha256 in SHA256SUMS beside them.
 """
 
 import hashlib
 import json
+import os
 
 import torch
 from safetensors import safe_open
@@ -32,17 +34,18 @@ def fingerprint(tensors, most=2**31):
     return found.hexdigest()
 
 
-def write(path, tensors, about):
+def write(path, tensors, about, beside=None):
     """Write {name: tensor} and a dictionary for JSON; returns the seal, which stands for all of it.
 
-    The file is read back before it takes the place of an earlier one.
+    `beside`, strings of `about` by name, also stand in the header as other readers look for them. The file is read back
+    before it takes the place of an earlier one.
     """
     # a copy: tied parameters share memory, which safetensors refuses
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     text = json.dumps({**about, "sha256": {name: digest(t) for name, t in tensors.items()}}, sort_keys=True)
     seal = hashlib.sha256(text.encode()).hexdigest()
 
-    content = save(tensors, metadata={"sealed": f"{seal} {text}"})
+    content = save(tensors, metadata={**(beside or {}), "sealed": f"{seal} {text}"})
 
     def whole(temporary):
         with open(temporary, "wb") as f:
@@ -53,22 +56,53 @@ def write(path, tensors, about):
     return seal
 
 
-def read(path):
-    """({name: tensor}, what the writer said, seal) of a file of `write`. ValueError in one line if it is not as written."""
+def raw(path):
+    """({name: tensor}, {name: string} of the header) of any safetensors file. ValueError in one line if it is none."""
     try:
         with safe_open(path, "pt") as f:
-            sealed = (f.metadata() or {}).get("sealed", "")
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except Exception as e:  # safetensors and torch raise several kinds
         raise ValueError(f"{path} cannot be read as safetensors: {e}".splitlines()[0]) from None
-    seal, _, text = sealed.partition(" ")
+
+
+def read(path):
+    """({name: tensor}, what the writer said, seal) of a file of `write`. ValueError in one line if it is not as written."""
+    tensors, beside = raw(path)
+    seal, _, text = beside.pop("sealed", "").partition(" ")
     if hashlib.sha256(text.encode()).hexdigest() != seal:
         raise ValueError(f"{path} is damaged, or was not written here: its header is not the one that was sealed")
     about = json.loads(text)
+    if not beside.items() <= about.items():
+        raise ValueError(f"{path} is damaged: its header says {min(beside)} otherwise than what was sealed")
     wanted = about.pop("sha256")
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or digest(tensors[name]) != wanted.get(name):
             raise ValueError(f"{path} is damaged: tensor {name} is not the one that was written")
     return tensors, about, seal
+
+
+def seal(path):
+    """Write a safetensors file of somebody else's again, with its checksums."""
+    tensors, beside = raw(path)
+    write(path, tensors, beside, beside)
+
+
+def check(path):
+    """ValueError in one line if a file is not as written, so far as that is known: by SHA256SUMS beside it, or by its seal."""
+    place, name = os.path.split(path)
+    sums = os.path.join(place, "SHA256SUMS")
+    if os.path.exists(sums):
+        with open(sums, errors="replace") as f:
+            listed = {line[66:].rstrip("\n"): line[:64] for line in f}
+        if listed.get(name, "") not in ("", of_file(path)):
+            raise ValueError(f"{path} is not the file that {sums} lists: damaged, or changed without it")
+    if not name.endswith(".json") and "sealed" in raw(path)[1]:
+        read(path)
+
+
+def of_file(path):
+    """sha256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
