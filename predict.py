@@ -23,7 +23,7 @@ import torch
 import data
 from harness import generation, metrics
 from harness.run import Run
-from harness.settings import Parser, count, in_words, number
+from harness.settings import CLOSED, Parser, count, in_words, number
 from reading import files
 
 
@@ -149,6 +149,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="text: of the draws (default 0)")
     parser.add_argument("--force", action="store_true", help="take another base than the run was trained on")
     args = parser.parse_args(argv)
+    if "stdout" in CLOSED and not args.submission:
+        parser.error("standard output is closed")
     try:
         predict(args)
     except BrokenPipeError:  # | head: whoever reads has seen enough

@@ -273,8 +273,7 @@ def show(run, progress):
     if s.save_base:
         if run.layers:
             run.method.merge(run.model)
-        modelling.save_base(run.model, s.save_base)
-        sealed.seal(s.save_base)
+        sealed.save_base(run.model, s.save_base)
         print(f"base written to {s.save_base}")
     if s.export_peft:
         exports.export_peft(run, s.export_peft)

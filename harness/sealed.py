@@ -6,6 +6,7 @@ name, type and shape included. One flipped bit anywhere is refused. No pickle, a
 Bases have it too; those of assets/, which are older, have their sha256 in SHA256SUMS beside them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+import model as modelling
 from reading.files import replace_file
 
 
@@ -83,8 +85,19 @@ def read(path):
     return tensors, about, seal
 
 
-def seal(path):
-    """Write a safetensors file of somebody else's again, with its checksums."""
+@contextlib.contextmanager
+def writing(path):
+    """What others' libraries raise when a disk is full, as an OSError in one line."""
+    try:
+        yield
+    except Exception as e:  # safetensors and tokenizers each have their own
+        raise OSError(f"{path}: {e}".splitlines()[0]) from None
+
+
+def save_base(model, path):
+    """model.py's save_base, then the file again with its checksums."""
+    with writing(path):
+        modelling.save_base(model, path)
     tensors, beside = raw(path)
     write(path, tensors, beside, beside)
 

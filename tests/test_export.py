@@ -13,6 +13,7 @@ peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_backbones import build_model, build_tokenizer  # noqa: E402
+from test_faults import file_size_limit  # noqa: E402
 
 import data  # noqa: E402
 import export  # noqa: E402
@@ -21,7 +22,7 @@ import train  # noqa: E402
 from harness import backbones, exports  # noqa: E402
 from harness.run import Run, base_fingerprint  # noqa: E402
 from harness.run import build_model as build  # noqa: E402
-from harness.settings import Settings  # noqa: E402
+from harness.settings import Settings, in_words  # noqa: E402
 from model import default_targets, head_modules, logits  # noqa: E402
 
 METHODS = ["lora", "triadapt", "tlora", "tlora_plus", "task_tlora", "dora", "pissa", "adalora"]
@@ -176,6 +177,15 @@ def test_from_the_command_line_while_training_and_afterwards(folders, csv, tmp_p
         with torch.no_grad():
             assert (logits(loaded, batch()) - b).abs().max() < BOUND
         assert loaded.config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.mark.parametrize("size", [100, 5_000])
+def test_an_export_to_a_full_disk_is_one_line(folders, tmp_path, size):
+    run = trained(folders["roberta"], "lora")
+    for act in (exports.export_peft, exports.export_merged):
+        with pytest.raises(OSError, match="File too large") as error, file_size_limit(size):
+            act(run, str(tmp_path / "out"))
+        assert str(error.value).count("\n") == 0 and "out" in in_words(error.value)
 
 
 def test_mistakes_end_in_one_line(csv, tmp_path, capsys):

@@ -134,7 +134,7 @@ def test_a_base_with_a_flipped_bit_is_refused_or_the_same_and_one_without_checks
     save_base(model, path)
     plain = load_base(path).state_dict()
     sealed.check(str(path))  # of before there were seals, or from outside
-    sealed.seal(str(path))
+    sealed.save_base(model, str(path))
     noticed = 0
     assert all(torch.equal(t, plain[name]) for name, t in load_base(path).state_dict().items())
     for _ in flipped(path, 200):
