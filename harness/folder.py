@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import random
+import textwrap
 import time
 from dataclasses import dataclass, field
 
@@ -101,7 +102,7 @@ def difference(before, now):
 
 
 def shorten(value):
-    return value[:12] if isinstance(value, str) and len(value) == 64 else value  # a sha256
+    return value[:12] if isinstance(value, str) and len(value) == 64 else textwrap.shorten(str(value), 60)  # a sha256
 
 
 # ------------------------------------------------------------------------- whose folder it is
@@ -216,11 +217,18 @@ def kept(out):
     return f"{out} keeps the state after step {step}, the same command with --resume goes on from it"
 
 
+def complete(about, wanted, path):
+    """ValueError if a sealed file lacks what is read of it."""
+    if missing := set(wanted) - about.keys():
+        raise ValueError(f"{path} does not say {min(missing)}: another version wrote it")
+
+
 def load_state(out):
     """(adapter, optimizer state_dict, the rest) of a run that did not finish. ValueError in one line if there is none."""
     if not os.path.exists(state_path(out)):
         raise ValueError(f"nothing to resume: {state_path(out)} does not exist")
     tensors, about, _ = sealed.read(state_path(out))
+    complete(about, [f.name for f in dataclasses.fields(Progress)] + ["names", "essence", "groups", "python", "numpy"], state_path(out))
     adapter, states = {}, {}
     for name, t in tensors.items():
         kind, _, rest = name.partition(".")
@@ -297,6 +305,7 @@ def read_run(out):
     config = read_config(out)
     if config["finished"]:
         adapter, about, seal = sealed.read(os.path.join(out, "adapter.safetensors"))
+        complete(about, ["names", "essence"], os.path.join(out, "adapter.safetensors"))
         if config["finished"].get("adapter") != seal:
             raise ValueError(f"{out}: its adapter.safetensors is not the one that this run finished with")
     elif os.path.exists(state_path(out)):

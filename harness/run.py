@@ -348,7 +348,7 @@ def build_model(s, task):
         return modelling.Transformer(config, kind, len(task.labels)), tokenizer, "random weights"
     path = base_of(s)
     if os.path.isfile(path):  # load_base says what else it is
-        sealed.check(path)
+        sealed.check_base(path)
     model = modelling.load_base(path, kind, len(task.labels))
     if model.config.causal < causal:
         raise ValueError(f"{path} is an encoder, task {task.name} needs a decoder: --backbone, --base or --scratch")

@@ -7,6 +7,7 @@ Bases have it too; those of assets/, which are older, have their sha256 in SHA25
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import model as modelling
+from harness.settings import typed
 from reading.files import replace_file
 
 
@@ -100,6 +102,22 @@ def save_base(model, path):
         modelling.save_base(model, path)
     tensors, beside = raw(path)
     write(path, tensors, beside, beside)
+
+
+def check_base(path):
+    """`check` of a base, and that its config is that of its weights, before a model of a size in it is made. ValueError in one line."""
+    check(path)
+    tensors, beside = raw(path)
+    try:
+        config = modelling.Config(**json.loads(beside.get("transformer", "")))
+        typed({f.name: f.type for f in dataclasses.fields(config)}, vars(config), path)
+        blocks = sum(name.endswith(".norm1.weight") for name in tensors)
+        sizes = [*tensors["embed.weight"].shape, *tensors["blocks.0.up_proj.weight"].shape[:1], blocks]
+        fits = sizes == [config.vocab_size, config.width, config.hidden, config.depth] and config.heads > 0
+    except (TypeError, ValueError, KeyError, RecursionError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path}: not written by save_base, or its weights are not those of its config")
 
 
 def check(path):
