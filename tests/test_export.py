@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ import data  # noqa: E402
 import export  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
-from harness import backbones, exports  # noqa: E402
+from harness import backbones, exports, folder  # noqa: E402
 from harness.run import Run, base_fingerprint  # noqa: E402
 from harness.run import build_model as build  # noqa: E402
 from harness.settings import Settings, in_words  # noqa: E402
+from harness.stop import Stopped  # noqa: E402
 from model import default_targets, head_modules, logits  # noqa: E402
 
 METHODS = ["lora", "triadapt", "tlora", "tlora_plus", "task_tlora", "dora", "pissa", "adalora"]
@@ -495,3 +497,36 @@ def test_no_pickle_is_read_and_another_base_is_noticed(folders, three_classes, f
     capsys.readouterr()
     assert out and export.main(argv) == 2 and "was trained on another base" in capsys.readouterr().err
     assert export.main([*argv, "--force"]) == 0
+
+
+def test_another_backbone_of_the_same_shape_is_noticed_by_predict_resume_and_export(folders, tmp_path, capsys, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(folders["roberta"], base)
+    save = folder.save
+
+    def once(*parts):
+        save(*parts)
+        raise Stopped(130)
+
+    out = train_run(tmp_path, str(base), LABELS, "--method", "lora")
+    rows = str(tmp_path / "rows.csv")
+    argv = ["--backbone", str(base), "--data", rows, "--text", "text", "--label", "label", "--max-length", "32", "--epochs", "2"]
+    argv += ["--no-figures", "--device", "cpu", "--method", "lora", "--save-every", "1", "--out", str(tmp_path / "stopped")]
+    monkeypatch.setattr(folder, "save", once)
+    assert train.main(argv) == 130
+    monkeypatch.undo()
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("query.weight"))
+    weights[name] = weights[name] * (1 + 1e-6)  # the least that one could miss
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    for command, words in (
+        (lambda: predict.main([out, rows]), "was trained on another base"),
+        (lambda: predict.main([str(tmp_path / "stopped"), rows]), "was trained on another base"),
+        (lambda: export.main([out, "--merged", str(tmp_path / "merged")]), "was trained on another base"),
+        (lambda: train.main([*argv, "--resume"]), "holds another run (base "),
+    ):
+        assert command() == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+    assert predict.main([out, rows, "--force"]) == 0

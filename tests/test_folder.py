@@ -18,6 +18,7 @@ import tlora
 from baselines import lora
 from harness import folder, sealed
 from harness.run import Run
+from harness.stop import Stopped
 from reading import files
 
 
@@ -63,8 +64,9 @@ def test_what_does_not_fit_is_refused_in_one_line():
         folder.load_adapter_state(adapted(), {k: v for k, v in state.items() if k != "0.B"})
     with pytest.raises(ValueError, match="1 names differ, such as 9.A"):
         folder.load_adapter_state(adapted(), {**state, "9.A": torch.zeros(1)})
-    with pytest.raises(ValueError, match="0.B is torch.float64, expected torch.float32"):
-        folder.load_adapter_state(adapted(), {**state, "0.B": state["0.B"].double()})
+    for name in ("float64", "float16", "bfloat16", "int64", "bool", "complex64"):
+        with pytest.raises(ValueError, match=f"0.B is torch.{name}, expected torch.float32"):
+            folder.load_adapter_state(adapted(), {**state, "0.B": state["0.B"].to(getattr(torch, name))})
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="the adapter's 0.B holds NaN or infinity"):
             folder.load_adapter_state(adapted(), {**state, "0.B": torch.full_like(state["0.B"], value)})
@@ -192,12 +194,43 @@ def test_a_config_that_is_no_json_is_refused_in_one_line(finished):
         assert "\n" not in str(error.value)
 
 
-def test_an_adapter_of_another_run_is_refused(csv, finished, tmp_path):
+@pytest.mark.parametrize("more", [["--seed", "1"], ["--max-steps", "5"], ["--width", "16", "--hidden", "32"]])
+def test_an_adapter_of_another_seed_step_or_base_is_refused(csv, finished, tmp_path, more):
     other = tmp_path / "other"
-    assert go(csv, other, "--method", "lora", "--rank", "2", "--seed", "1")[0] == 0
+    assert go(csv, other, "--method", "lora", "--rank", "2", *more)[0] == 0
     shutil.copy(other / "adapter.safetensors", finished / "adapter.safetensors")
     with pytest.raises(ValueError, match="its adapter.safetensors is not the one that this run finished with"):
         Run.open(str(finished))
+
+
+def test_a_state_of_another_seed_or_of_other_rows_is_not_gone_on_from(csv, tmp_path, capsys, monkeypatch):
+    save = folder.save
+
+    def once(*parts):
+        save(*parts)
+        raise Stopped(130)
+
+    monkeypatch.setattr(folder, "save", once)
+    for seed in "01":
+        assert go(csv, tmp_path / seed, "--method", "lora", "--seed", seed, "--save-every", "2")[0] == 130
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "0", tmp_path / "mixed")
+    shutil.copy(folder.state_path(tmp_path / "1"), tmp_path / "mixed")
+    capsys.readouterr()
+    assert go(csv, tmp_path / "mixed", "--method", "lora", "--save-every", "2", "--resume")[0] == 2
+    assert "holds another run (seed 1, now 0): give the flags it was started with" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="config.json is not what its adapter was trained with: seed 1, now 0"):
+        folder.read_run(str(tmp_path / "mixed"))
+    with open(csv) as f:
+        rows = f.read()
+    for changed in (rows.replace("river", "brook", 1), rows + "one more is cold,no\n", "\n".join(sorted(rows.split("\n"), reverse=True))):
+        with open(csv, "w") as f:
+            f.write(changed)
+        assert go(csv, tmp_path / "0", "--method", "lora", "--save-every", "2", "--resume")[0] == 2
+        assert "holds another run (rows " in capsys.readouterr().err
+    with open(csv, "w") as f:
+        f.write(rows)
+    assert go(csv, tmp_path / "0", "--method", "lora", "--save-every", "2", "--resume")[0] == 0
 
 
 def test_one_flipped_bit_in_a_run_is_noticed_or_without_effect(csv, finished):
