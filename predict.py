@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 from harness import generation, metrics
 from harness.run import Run
-from harness.settings import Parser, count, in_words, number
+from harness.settings import CLOSED, Parser, count, in_words, number
 from reading import files
 
 
@@ -151,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="text: of the draws (default 0)")
     parser.add_argument("--force", action="store_true", help="take another base than the run was trained on")
     args = parser.parse_args(argv)
+    if "stdout" in CLOSED and not args.submission:
+        parser.error("standard output is closed")
     try:
         predict(args)
     except BrokenPipeError:  # | head: whoever reads has seen enough

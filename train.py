@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import model as modelling
-from harness import backbones, exports, figures, folder, parallel, report
+from harness import backbones, exports, figures, folder, parallel, report, sealed
 from harness.run import Run, choose_device, to_device
 from harness.settings import default_rate, in_words, parse
 from harness.stop import Stop, Stopped
@@ -286,7 +286,7 @@ def show(run: Run, progress: folder.Progress) -> None:
     if s.save_base:
         if run.layers:
             run.method.merge(run.model)
-        modelling.save_base(run.model, s.save_base)
+        sealed.save_base(run.model, s.save_base)
         print(f"base written to {s.save_base}")
     if s.export_peft:
         exports.export_peft(run, s.export_peft)

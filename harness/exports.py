@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import data
-from harness import backbones, folder
+from harness import backbones, folder, sealed
 from harness.folder import read_json, write_json
 from harness.methods import METHODS
 from harness.run import Run, base_fingerprint, build_model, tupled
@@ -133,7 +133,8 @@ def export_peft(run: Run, path: str) -> None:
     os.makedirs(path, exist_ok=True)
     tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
     file = os.path.join(path, "adapter_model.safetensors")
-    replace_file(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    with sealed.writing(file):
+        replace_file(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
     write_json(os.path.join(path, "adapter_config.json"), adapter)
     facts = {"task": dataclasses.asdict(run.task), "max_length": run.settings.max_length, "max_new": run.max_new}
     write_json(os.path.join(path, "task.json"), {**facts, "base": run.fingerprint, "dtype": run.settings.dtype})
@@ -147,7 +148,8 @@ def export_merged(run: Run, path: str) -> None:
     if run.layers:
         run.method.merge(run.model)
     backbones.delinearize(run.model)
-    run.model.save_pretrained(path)
+    with sealed.writing(path):
+        run.model.save_pretrained(path)
     write_beside(run, path, "A whole checkpoint, the update folded into the weights", peft=False)
     print(f"merged checkpoint in {path}")
 
@@ -157,7 +159,8 @@ def export_merged(run: Run, path: str) -> None:
 
 def write_beside(run: Run, path: str, what: str, peft: bool) -> None:
     """The tokenizer, and README.md: what it is, base, task, metrics, command, and the Python that loads it and predicts."""
-    run.tokenizer.source.save_pretrained(path)  # type: ignore[union-attr]
+    with sealed.writing(path):
+        run.tokenizer.source.save_pretrained(path)  # type: ignore[union-attr]
     s, task, file = run.settings, run.task, os.path.join(run.settings.out or "", "metrics.jsonl")
     name, fit, scores = backbones.CLASSES[task.kind], "", ""
     imports = f"from transformers import {name}, AutoTokenizer"

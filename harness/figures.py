@@ -409,8 +409,7 @@ def redraw(out: str) -> list[str]:
     """Draw the figures of a finished run again, from its folder; their names. A PNG of it that is no longer drawn goes."""
     run = Run.open(out)
     run.settings.out = out
-    if not folder.read_config(out)["finished"]:
-        raise ValueError(f"{out} holds a run that did not finish: it has no metrics.jsonl yet")
+    folder.finished(out)
     rows = []
     for name in ("metrics.jsonl", "layers.jsonl"):
         with open(os.path.join(out, name), encoding="utf-8") as file:

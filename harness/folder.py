@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import random
+import textwrap
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ FILES = {
     "config.json", "metrics.jsonl", "layers.jsonl", "adapter.safetensors", "state.safetensors", "plan.json", "cosine.json",
     "curves.png", "histograms.png", "eigenvalues.png", "spectrum.png", "report.html",
 }  # fmt: skip
+TABLES = ("metrics.jsonl", "layers.jsonl", "plan.json")  # what pages and figures are made from
 # Settings that change no number of a run.
 FREE = {
     "resume", "overwrite", "out", "save_every", "no_figures", "compare", "save_base", "export_peft", "export_merged", "options",
@@ -102,8 +104,8 @@ def difference(before: dict, now: dict) -> str | None:  # type: ignore[return]
             return f"{key} {shorten(before.get(key))}, now {shorten(now.get(key))}"
 
 
-def shorten(value: object) -> object:
-    return value[:12] if isinstance(value, str) and len(value) == 64 else value  # a sha256
+def shorten(value: object) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else textwrap.shorten(str(value), 60)  # a sha256
 
 
 # ------------------------------------------------------------------------- whose folder it is
@@ -222,11 +224,20 @@ def kept(out: str) -> str:
     return f"{out} keeps the state after step {step}, the same command with --resume goes on from it"
 
 
+def complete(about: dict, wanted: Iterable[str], path: str) -> None:
+    """ValueError if a sealed file lacks what is read of it."""
+    if missing := set(wanted) - about.keys():
+        raise ValueError(f"{path} does not say {min(missing)}: another version wrote it")
+
+
 def load_state(out: str) -> tuple[dict[str, torch.Tensor], dict, dict]:
     """(adapter, optimizer state_dict, the rest) of a run that did not finish. ValueError in one line if there is none."""
     if not os.path.exists(state_path(out)):
         raise ValueError(f"nothing to resume: {state_path(out)} does not exist")
     tensors, about, _ = sealed.read(state_path(out))
+    complete(
+        about, [f.name for f in dataclasses.fields(Progress)] + ["names", "essence", "groups", "python", "numpy"], state_path(out)
+    )
     adapter, states = {}, {}
     for name, t in tensors.items():
         kind, _, rest = name.partition(".")
@@ -282,8 +293,20 @@ def finish(run, progress: Progress) -> None:
     seal = sealed.write(os.path.join(out, "adapter.safetensors"), adapter_state(run.model, run.keep), about)
     write_lines(os.path.join(out, "metrics.jsonl"), progress.history)
     write_lines(os.path.join(out, "layers.jsonl"), progress.layers)
-    config = {**run.config(), "finished": {"step": progress.step, "adapter": seal}}
+    sums = {name: sealed.of_file(os.path.join(out, name)) for name in TABLES if os.path.exists(os.path.join(out, name))}
+    config = {**run.config(), "finished": {"step": progress.step, "adapter": seal, **sums}}
     write_json(os.path.join(out, "config.json"), config)
+
+
+def finished(out: str) -> dict:
+    """config.json of a run that finished and whose tables are as it left them. ValueError in one line."""
+    config = read_config(out)
+    if not config["finished"]:
+        raise ValueError(f"{out} holds a run that did not finish: it has no metrics.jsonl yet")
+    for name in TABLES:
+        if config["finished"].get(name) and config["finished"][name] != sealed.of_file(os.path.join(out, name)):
+            raise ValueError(f"{out}: its {name} is not the one that this run finished with")
+    return config
 
 
 def read_run(out: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -291,6 +314,7 @@ def read_run(out: str) -> tuple[dict, dict[str, torch.Tensor]]:
     config = read_config(out)
     if config["finished"]:
         adapter, about, seal = sealed.read(os.path.join(out, "adapter.safetensors"))
+        complete(about, ["names", "essence"], os.path.join(out, "adapter.safetensors"))
         if config["finished"].get("adapter") != seal:
             raise ValueError(f"{out}: its adapter.safetensors is not the one that this run finished with")
     elif os.path.exists(state_path(out)):

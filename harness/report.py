@@ -78,9 +78,7 @@ def figure(path: str) -> str:
 
 def write(out: str) -> str:
     """Write report.html of the finished run in `out`, from what is in that folder; returns its path."""
-    config = folder.read_config(out)
-    if not config["finished"]:
-        raise ValueError(f"{out} holds a run that did not finish: it has no metrics.jsonl yet")
+    config = folder.finished(out)
     s, task = config["settings"], config["task"]
     with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as file:
         history = [json.loads(line) for line in file]

@@ -345,7 +345,9 @@ def build_model(s: Settings, task: data.Task) -> tuple[torch.nn.Module, data.Tok
         if s.max_length > places:
             raise ValueError(f"--max-length {s.max_length} is more than the backbone's {places} positions")
         return model, data.Tokenizer(tokenizer), s.backbone
-    tokenizer = data.Tokenizer(os.path.join(ASSETS, "tokenizer.json"))
+    words = os.path.join(ASSETS, "tokenizer.json")
+    sealed.check(words)
+    tokenizer = data.Tokenizer(words)
     kind = "lm" if task.kind == "mlm" else task.kind
     causal = task.kind == "lm"
     if s.scratch:
@@ -353,6 +355,8 @@ def build_model(s: Settings, task: data.Task) -> tuple[torch.nn.Module, data.Tok
         config = modelling.Config(vocab_size=tokenizer.vocab_size, causal=causal, **sizes)
         return modelling.Transformer(config, kind, len(task.labels)), tokenizer, "random weights"
     path = base_of(s)
+    if os.path.isfile(path):  # load_base says what else it is
+        sealed.check_base(path)
     model = modelling.load_base(path, kind, len(task.labels))
     if model.config.causal < causal:
         raise ValueError(f"{path} is an encoder, task {task.name} needs a decoder: --backbone, --base or --scratch")

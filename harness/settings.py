@@ -26,6 +26,10 @@ FEW = ", ".join(f"{task} {n}" for task, n in TASK_EPOCHS.items())
 MANY = data.MANY  # a field is called data, too
 BY_METHOD = "default: the method's, in the table below"
 HEAD_RATE = 1e-3  # of the task head beside any method: swept once, with LoRA (docs/rates.md)
+# A standard stream that is closed becomes an empty one: Python has None for it, which no library expects.
+CLOSED = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+for name in CLOSED:
+    setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
 
 
 def count(text: str) -> int:

@@ -411,6 +411,9 @@ def replace_file(path: str | Path, write: Callable[[str], object]) -> None:
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        e.filename = e.filename or path  # a write to a full disk names none
+        raise
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -13,15 +14,17 @@ peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_backbones import build_model, build_tokenizer  # noqa: E402
+from test_faults import file_size_limit  # noqa: E402
 
 import data  # noqa: E402
 import export  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
-from harness import backbones, exports  # noqa: E402
+from harness import backbones, exports, folder  # noqa: E402
 from harness.run import Run, base_fingerprint  # noqa: E402
 from harness.run import build_model as build  # noqa: E402
-from harness.settings import Settings  # noqa: E402
+from harness.settings import Settings, in_words  # noqa: E402
+from harness.stop import Stopped  # noqa: E402
 from model import default_targets, head_modules, logits  # noqa: E402
 
 METHODS = ["lora", "triadapt", "tlora", "tlora_plus", "task_tlora", "dora", "pissa", "adalora"]
@@ -178,12 +181,21 @@ def test_from_the_command_line_while_training_and_afterwards(folders, csv, tmp_p
         assert loaded.config.id2label == {0: "no", 1: "yes"}
 
 
+@pytest.mark.parametrize("size", [100, 5_000])
+def test_an_export_to_a_full_disk_is_one_line(folders, tmp_path, size):
+    run = trained(folders["roberta"], "lora")
+    for act in (exports.export_peft, exports.export_merged):
+        with pytest.raises(OSError, match="File too large") as error, file_size_limit(size):
+            act(run, str(tmp_path / "out"))
+        assert str(error.value).count("\n") == 0 and "out" in in_words(error.value)
+
+
 def test_mistakes_end_in_one_line(csv, tmp_path, capsys):
     argv = ["--data", csv, "--text", "text", "--label", "label", "--scratch", "--width", "16", "--heads", "2", "--depth", "1"]
     assert train.main([*argv, "--out", str(tmp_path / "run"), "--no-figures", "--epochs", "1"]) == 0
     capsys.readouterr()
-    for folder, words in [(tmp_path / "run", "has no --backbone"), ("nowhere", "is not a run folder")]:
-        assert export.main([str(folder), "--peft", "x"]) == 2
+    for out, words in [(tmp_path / "run", "has no --backbone"), ("nowhere", "is not a run folder")]:
+        assert export.main([str(out), "--peft", "x"]) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
     with pytest.raises(SystemExit) as stop:
@@ -485,3 +497,36 @@ def test_no_pickle_is_read_and_another_base_is_noticed(folders, three_classes, f
     capsys.readouterr()
     assert out and export.main(argv) == 2 and "was trained on another base" in capsys.readouterr().err
     assert export.main([*argv, "--force"]) == 0
+
+
+def test_another_backbone_of_the_same_shape_is_noticed_by_predict_resume_and_export(folders, tmp_path, capsys, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(folders["roberta"], base)
+    save = folder.save
+
+    def once(*parts):
+        save(*parts)
+        raise Stopped(130)
+
+    out = train_run(tmp_path, str(base), LABELS, "--method", "lora")
+    rows = str(tmp_path / "rows.csv")
+    argv = ["--backbone", str(base), "--data", rows, "--text", "text", "--label", "label", "--max-length", "32", "--epochs", "2"]
+    argv += ["--no-figures", "--device", "cpu", "--method", "lora", "--save-every", "1", "--out", str(tmp_path / "stopped")]
+    monkeypatch.setattr(folder, "save", once)
+    assert train.main(argv) == 130
+    monkeypatch.undo()
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("query.weight"))
+    weights[name] = weights[name] * (1 + 1e-6)  # the least that one could miss
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    for command, words in (
+        (lambda: predict.main([out, rows]), "was trained on another base"),
+        (lambda: predict.main([str(tmp_path / "stopped"), rows]), "was trained on another base"),
+        (lambda: export.main([out, "--merged", str(tmp_path / "merged")]), "was trained on another base"),
+        (lambda: train.main([*argv, "--resume"]), "holds another run (base "),
+    ):
+        assert command() == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+    assert predict.main([out, rows, "--force"]) == 0

@@ -18,6 +18,7 @@ import tlora
 from baselines import lora
 from harness import folder, sealed
 from harness.run import Run
+from harness.stop import Stopped
 from reading import files
 
 
@@ -63,8 +64,9 @@ def test_what_does_not_fit_is_refused_in_one_line():
         folder.load_adapter_state(adapted(), {k: v for k, v in state.items() if k != "0.B"})
     with pytest.raises(ValueError, match="1 names differ, such as 9.A"):
         folder.load_adapter_state(adapted(), {**state, "9.A": torch.zeros(1)})
-    with pytest.raises(ValueError, match="0.B is torch.float64, expected torch.float32"):
-        folder.load_adapter_state(adapted(), {**state, "0.B": state["0.B"].double()})
+    for name in ("float64", "float16", "bfloat16", "int64", "bool", "complex64"):
+        with pytest.raises(ValueError, match=f"0.B is torch.{name}, expected torch.float32"):
+            folder.load_adapter_state(adapted(), {**state, "0.B": state["0.B"].to(getattr(torch, name))})
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="the adapter's 0.B holds NaN or infinity"):
             folder.load_adapter_state(adapted(), {**state, "0.B": torch.full_like(state["0.B"], value)})
@@ -193,12 +195,47 @@ def test_a_config_that_is_no_json_is_refused_in_one_line(finished):
         assert "\n" not in str(error.value)
 
 
-def test_an_adapter_of_another_run_is_refused(csv, finished, tmp_path):
+@pytest.mark.parametrize("more", [["--seed", "1"], ["--max-steps", "5"], ["--width", "16", "--hidden", "32"]])
+def test_an_adapter_of_another_seed_step_or_base_is_refused(csv, finished, tmp_path, more):
     other = tmp_path / "other"
-    assert go(csv, other, "--method", "lora", "--rank", "2", "--seed", "1")[0] == 0
+    assert go(csv, other, "--method", "lora", "--rank", "2", *more)[0] == 0
     shutil.copy(other / "adapter.safetensors", finished / "adapter.safetensors")
     with pytest.raises(ValueError, match="its adapter.safetensors is not the one that this run finished with"):
         Run.open(str(finished))
+
+
+def test_a_state_of_another_seed_or_of_other_rows_is_not_gone_on_from(csv, tmp_path, capsys, monkeypatch):
+    save = folder.save
+
+    def once(*parts):
+        save(*parts)
+        raise Stopped(130)
+
+    monkeypatch.setattr(folder, "save", once)
+    for seed in "01":
+        assert go(csv, tmp_path / seed, "--method", "lora", "--seed", seed, "--save-every", "2")[0] == 130
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "0", tmp_path / "mixed")
+    shutil.copy(folder.state_path(tmp_path / "1"), tmp_path / "mixed")
+    capsys.readouterr()
+    assert go(csv, tmp_path / "mixed", "--method", "lora", "--save-every", "2", "--resume")[0] == 2
+    assert "holds another run (seed 1, now 0): give the flags it was started with" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="config.json is not what its adapter was trained with: seed 1, now 0"):
+        folder.read_run(str(tmp_path / "mixed"))
+    with open(csv) as f:
+        rows = f.read()
+    for changed in (
+        rows.replace("river", "brook", 1),
+        rows + "one more is cold,no\n",
+        "\n".join(sorted(rows.split("\n"), reverse=True)),
+    ):
+        with open(csv, "w") as f:
+            f.write(changed)
+        assert go(csv, tmp_path / "0", "--method", "lora", "--save-every", "2", "--resume")[0] == 2
+        assert "holds another run (rows " in capsys.readouterr().err
+    with open(csv, "w") as f:
+        f.write(rows)
+    assert go(csv, tmp_path / "0", "--method", "lora", "--save-every", "2", "--resume")[0] == 0
 
 
 def test_one_flipped_bit_in_a_run_is_noticed_or_without_effect(csv, finished):
@@ -263,37 +300,47 @@ def run(stop, flags):  # in a process of its own, which dies at the stop-th file
     code = train.main(flags)
     sys.stdout.flush()
     os._exit(code if code or stop else 100 + count)
-for stop, flags in json.load(sys.stdin):
-    sys.stdout.flush()
+for line in sys.stdin:
     if not (child := os.fork()):
-        run(stop, flags)
+        run(*json.loads(line))
     print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def in_processes(jobs):
+@pytest.fixture(scope="module")
+def in_processes():
     """Exit codes of runs [(file operation to die at or 0, flags)]; 100 + the number of operations where none was asked for."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    jobs = json.dumps([(stop, [str(flag) for flag in flags]) for stop, flags in jobs])
-    result = subprocess.run([sys.executable, "-c", PROGRAM.format(root=root)], input=jobs, capture_output=True, text=True)
-    codes = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("code ")]
-    assert len(codes) == len(json.loads(jobs)), result.stderr
-    return codes
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(root=root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def run(jobs):
+            codes = []
+            for stop, flags in jobs:
+                print(json.dumps([stop, list(map(str, flags))]), file=process.stdin, flush=True)
+                codes.append(next(int(line.split()[1]) for line in process.stdout if line.startswith("code ")))
+            return codes
+
+        yield run
 
 
 @pytest.mark.parametrize("method,options", [
     ("triadapt", "--dropout 0.3 --interval 3 --t0 1 --delta 2"), ("task_tlora", ""),
+    ("adalora", "--rank 6 --rank-target 3 --t-init 1 --t-final 1 --mask-interval 2"),
 ])  # fmt: skip
-def test_a_kill_at_any_file_operation_leaves_one_step_and_a_run_that_resumes(csv, tmp_path, method, options):
+def test_a_kill_at_any_file_operation_leaves_one_step_and_a_run_that_resumes(in_processes, csv, tmp_path, method, options):
     flags = ["--data", csv, *"--text text --label label --batch-size 16 --epochs 2 --save-every 3".split(), *TINY]
     flags += ["--method", method, *options.split(), "--out"]
     whole = tmp_path / "whole"
     (code,) = in_processes([(0, [*flags, whole])])
     expected = rows_of(whole), adapter_of(whole), rows_of(whole, "layers.jsonl")
+    changed = [row["step"] for row in expected[2] if "event" in row]  # the ranks: before a save and after it
+    assert method == "task_tlora" or changed[0] < 6 < changed[-1]
     outs = [tmp_path / str(i) for i in range(1, code - 100 + 1)]
     assert len(outs) > 15
     assert set(in_processes([(i, [*flags, out]) for i, out in enumerate(outs, 1)])) == {9}
-    states = 0
+    states, left = 0, {}
     for out in outs:
         steps = set()
         if os.path.exists(folder.state_path(out)):
@@ -304,9 +351,10 @@ def test_a_kill_at_any_file_operation_leaves_one_step_and_a_run_that_resumes(csv
         if (out / "metrics.jsonl").exists():
             steps.add(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"])
         assert len(steps) <= 1, (out.name, steps)
-    assert states > 5
-    resume = [[*flags, out, *["--resume"] * os.path.exists(folder.state_path(out))] for out in outs]
+        left[*sorted(os.listdir(out) if out.exists() else []), *steps] = out  # one of those that left the same
+    assert states > 5 and len(left) > 10
+    resume = [[*flags, out, *["--resume"] * os.path.exists(folder.state_path(out))] for out in left.values()]
     assert min(in_processes([(0, again) for again in resume])) >= 100
-    for out in outs:
+    for out in left.values():
         assert rows_of(out) == expected[0] and equal(adapter_of(out), expected[1]) and rows_of(out, "layers.jsonl") == expected[2]
         assert not os.path.exists(folder.state_path(out)) and (out / "config.json").read_text().count('"finished": {') == 1

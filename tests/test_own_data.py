@@ -385,3 +385,11 @@ def test_what_the_flags_decided_is_part_of_the_run(tmp_path, capsys):
     capsys.readouterr()
     assert go(path, tmp_path / "out") == 2
     assert f"{tmp_path / 'out'} holds another run (kind regression, now None)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_lone_carriage_return_in_a_field_is_text(tmp_path, ending):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(ending.join(["text,label", "a\rb,yes", '"c\rd, e",no', "f,yes", ""]).encode())
+    task, examples = data.load_custom(str(path), ["text"], "label", classes_ok=True)
+    assert [e.text for e in examples] == [("a\rb",), ("c\rd, e",), ("f",)]

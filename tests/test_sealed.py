@@ -4,12 +4,19 @@ import json
 import os
 import pickle
 import random
+import re
+import shutil
 import struct
 
 import pytest
 import torch
+from short import go
 
-from harness import sealed
+import train
+from harness import folder, sealed
+from harness import run as running
+from harness.run import ASSETS, Run
+from model import Config, Transformer, load_base, save_base
 
 
 def tensors():
@@ -106,3 +113,108 @@ def test_hostile_files_end_in_one_line(tmp_path, content):
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="nothing does not exist"):
         sealed.read(str(tmp_path / "nothing"))
+
+
+# ------------------------------------------------------------------- bases, and files listed in SHA256SUMS
+
+
+def flipped(path, n, seed=0):
+    """`n` times the file with one bit flipped somewhere; afterwards it is whole again."""
+    good, rng = path.read_bytes(), random.Random(seed)
+    for _ in range(n):
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        yield
+    path.write_bytes(good)
+
+
+def test_a_base_with_a_flipped_bit_is_refused_or_the_same_and_one_without_checksums_is_read(tmp_path):
+    model = Transformer(Config(30, 16, 1, 2, 16))
+    path = tmp_path / "base"
+    save_base(model, path)
+    plain = load_base(path).state_dict()
+    sealed.check(str(path))  # of before there were seals, or from outside
+    sealed.save_base(model, str(path))
+    noticed = 0
+    assert all(torch.equal(t, plain[name]) for name, t in load_base(path).state_dict().items())
+    for _ in flipped(path, 200):
+        try:
+            sealed.check(str(path))
+            found = load_base(path)
+        except ValueError as e:
+            assert "\n" not in str(e) and str(path) in str(e)
+            noticed += 1
+        else:
+            assert found.config == model.config and all(torch.equal(t, plain[name]) for name, t in found.state_dict().items())
+    assert noticed > 190
+
+
+def test_a_file_that_SHA256SUMS_lists_must_be_that_file(tmp_path):
+    with open(os.path.join(ASSETS, "SHA256SUMS")) as f:
+        listed = f.read().split()[1::2]
+    assert {*listed, "SHA256SUMS"} == set(os.listdir(ASSETS))
+    shutil.copytree(ASSETS, tmp_path, dirs_exist_ok=True)
+    for name in listed:
+        sealed.check(str(tmp_path / name))
+    for name in ("tokenizer.json", "encoder.safetensors"):
+        for _ in flipped(tmp_path / name, 200 if name == "tokenizer.json" else 20):
+            with pytest.raises(
+                ValueError, match=f"{name} is not the file that .*SHA256SUMS lists: damaged, or changed without it"
+            ):
+                sealed.check(str(tmp_path / name))
+        sealed.check(str(tmp_path / name))
+    (tmp_path / "SHA256SUMS").unlink()
+    with open(tmp_path / "tokenizer.json", "a") as f:
+        f.write(" ")
+    sealed.check(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_damaged_base_or_tokenizer_starts_no_run(csv, tmp_path, capsys, monkeypatch):
+    base = tmp_path / "base.safetensors"
+    assert go(csv, tmp_path / "a", "--method", "full", "--epochs", "1", "--save-base", base)[0] == 0
+    argv = [
+        "--data",
+        csv,
+        "--text",
+        "text",
+        "--label",
+        "label",
+        "--base",
+        str(base),
+        "--epochs",
+        "1",
+        "--no-figures",
+        "--threads",
+        "1",
+    ]
+    assert train.main([*argv, "--device", "cpu", "--out", str(tmp_path / "b")]) == 0
+    content = bytearray(base.read_bytes())
+    content[-1] ^= 1
+    base.write_bytes(content)
+    capsys.readouterr()
+    for again in ([*argv, "--out", str(tmp_path / "c")], [*argv, "--out", str(tmp_path / "b"), "--overwrite"]):
+        assert train.main(again) == 2
+        err = capsys.readouterr().err
+        assert "base.safetensors is damaged: tensor" in err and err.count("\n") == 1
+    assert not (tmp_path / "c").exists()
+    monkeypatch.setattr(running, "ASSETS", str(tmp_path))
+    shutil.copy(os.path.join(ASSETS, "SHA256SUMS"), tmp_path)
+    with open(os.path.join(ASSETS, "tokenizer.json")) as f:  # two words exchanged: the same tokens, other texts
+        words = {'"Ġthe":': '"Ġwas":', '"Ġwas":': '"Ġthe":'}
+        (tmp_path / "tokenizer.json").write_text(re.sub('"Ġ(the|was)":', lambda found: words[found[0]], f.read()))
+    assert go(csv, tmp_path / "c")[0] == 2 and "tokenizer.json is not the file that" in capsys.readouterr().err
+    (tmp_path / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="was trained on another tokenizer than what random weights is now"):
+        Run.open(str(tmp_path / "a"))
+
+
+def test_pages_and_figures_are_not_made_of_damaged_tables(csv, tmp_path):
+    out = tmp_path / "run"
+    assert go(csv, out, "--method", "task_tlora", "--epochs", "1")[0] == 0
+    folder.finished(str(out))
+    for name in folder.TABLES:
+        for _ in flipped(out / name, 200):
+            with pytest.raises(ValueError, match=f"its {name} is not the one that this run finished with"):
+                folder.finished(str(out))
+    folder.finished(str(out))

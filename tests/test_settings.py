@@ -58,8 +58,23 @@ def test_every_option_of_every_method_is_a_flag_with_its_help():
         (["--method", "bitfit", "--targets", "q_proj"], "method bitfit wraps no layers: leave --targets and --exclude out"),
         (["--data", "a.csv", "--text", "a", "b", "--label", "b"], "--label b is among the columns of --text"),
         (["--data", "a.csv", "--text", "a", "--label", "b", "--dev", "./a.csv"], "--dev is the same file as --data"),
-        (["--out", ""], "--out is empty"),
-        (["--backbone", ""], "--backbone is empty"),
+        *(
+            ([f"--{name}", ""], f"--{name} is empty")
+            for name in (
+                "out",
+                "data",
+                "label",
+                "dev",
+                "backbone",
+                "base",
+                "save-base",
+                "export-peft",
+                "export-merged",
+                "compare",
+                "answer",
+                "template",
+            )
+        ),
         (["--save-base", "/"], "--save-base / is a folder: it names a file"),
         (["--threads", "100000"], "--threads 100000 is far more than"),
         (["--rank", "many"], "argument --rank: invalid int value: 'many'"),

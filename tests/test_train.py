@@ -247,9 +247,10 @@ def test_flags_that_matter_at_the_end_are_checked_at_the_start(csv, tmp_path, ca
     for more, words in [
         (["--compare", tmp_path / "nothing"], "is not a run folder"),
         (["--method", "head", "--compare", tmp_path / "run"], "method head has no low-rank update"),
+        (["--method", "lora", "--compare", tmp_path / "head"], f"--compare {tmp_path}/head: that run has no low-rank update"),
     ]:
-        if words.startswith("method"):
-            assert go(csv, tmp_path / "run", "--method", "lora")[0] == 0
+        if not (tmp_path / "run").exists():
+            assert go(csv, tmp_path / "run", "--method", "lora")[0] == go(csv, tmp_path / "head", "--method", "head")[0] == 0
             capsys.readouterr()
         assert go(csv, tmp_path / "other", *more)[0] == 2
         err = capsys.readouterr().err
