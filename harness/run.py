@@ -222,16 +222,21 @@ class Run:
         features = self.features(examples) if features is None else features
         was_training = self.model.training
         self.model.eval()
-        said, loss, labelled = {}, 0.0, 0  # {row: (answer, probabilities)}
+        said, loss, labelled = {}, 0.0, 0  # said: {row: (answer, probabilities)}
         size = self.settings.batch_size * (1 if self.task.kind == "lm" else 8)  # logits over a vocabulary are large
         batches = list(data.batches(features, self.task, size, self.tokenizer.pad_id))
         mine = batches[parallel.number() :: parallel.count()]
         for batch in tqdm(mine, desc="evaluating", leave=False, disable=None):
             rows = batch.pop("index").tolist()
             batch = to_device(batch, self.device)
+            logits = None
+            if self.task.kind not in ("lm", "mlm"):  # these write, or look at all words for the loss alone
+                with self.autocast():
+                    logits = modelling.logits(self.model, batch).float()
             if "labels" in batch:
+                part = self.forward(batch) if logits is None else loss_from(logits, batch["labels"], self.task.kind)
                 n = self.labelled(batch)
-                loss, labelled = loss + n * self.forward(batch).item(), labelled + n
+                loss, labelled = loss + n * part.item(), labelled + n
             if not answering or self.task.pretraining:
                 continue
             if self.task.metrics == ("choice",):
@@ -239,8 +244,6 @@ class Run:
             elif "prompt" in features[0]:
                 found, sure = self.generate([features[i] for i in rows]), [None] * len(rows)
             else:
-                with self.autocast():
-                    logits = modelling.logits(self.model, batch).float()
                 found, sure = metrics.predictions(self.task, [(features[i], examples[i]) for i in rows], logits)
             said |= zip(rows, zip(found, sure))
         self.model.train(was_training)
@@ -386,12 +389,16 @@ def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], kind: str) -
     """Mean loss of a batch (data.batches), a scalar. A language model computes logits at the labelled places only."""
     labels = batch["labels"]
     where = labels != data.IGNORED if kind in ("lm", "mlm") else None
-    logits = modelling.logits(model, batch, where).float()
+    return loss_from(modelling.logits(model, batch, where).float(), labels if where is None else labels[where], kind)
+
+
+def loss_from(logits: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
+    """Mean loss of float32 logits: (B, C), (B,), (B, T, 2), or (N, V) at the labelled places."""
     if kind == "regression":
         return F.mse_loss(logits, labels)
     if kind == "span":  # (B, T, 2) and (B, 2): the mean over start and end
         return F.cross_entropy(logits.transpose(1, 2).flatten(0, 1), labels.flatten())
-    return F.cross_entropy(logits, labels if where is None else labels[where])  # (B, C) or (N, V)
+    return F.cross_entropy(logits, labels)
 
 
 def versions() -> dict[str, str]:

@@ -109,14 +109,15 @@ import json, os, sys
 sys.path.insert(0, os.getcwd())
 import data
 from harness import parallel
-from harness.run import Run
+from harness.run import Run, modelling
 
 parallel.start()
 run = Run.open(sys.argv[1])
 rows, seen = [], []
 for i in range(37):
     rows.append(data.Example(str(i), (f"a tree is {'warm' if i % 3 else 'cold'} and {'river ' * (i % 5)}",), i % 2))
-forward, run.forward = run.forward, lambda batch: seen.append(len(batch["input_ids"])) or forward(batch)
+logits = modelling.logits
+modelling.logits = lambda model, batch, *more: seen.append(len(batch["input_ids"])) or logits(model, batch, *more)
 run.settings.batch_size = 1  # batches of eight rows
 found = run.predict(rows)
 with open(f"{sys.argv[2]}/{parallel.number()}.json", "w") as f:
