@@ -345,6 +345,8 @@ best rate. Half decades on seeds 100 and 101 until the best is inside the grid, 
 
 {generated(rows)}
 
+![score against rate](rates.png)
+
 ## The task head
 
 `python bench/sweep.py head`: LoRA at 4e-3, the head at a rate of its own; in brackets the seeds. One rate for all methods: 1e-3.
@@ -360,7 +362,47 @@ six epochs, bf16 on an NVIDIA H200 with `--flags --fast`: half decades on seed 1
 """
 
 
+COLOURS = {"lora": "#000000", "tlora": "#D55E00", "tlora_plus": "#E69F00", "task_tlora": "#0072B2", "triadapt": "#009E73"}
+
+
+def picture(rows):
+    """docs/rates.png: score against learning rate, a line per method, its lowest and highest seed as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("rates", task, f"{task} ({headline(task)}), tiny base") for task in TASKS]
+    panels += [("encoder", task, f"{task} ({headline(task)}), all-MiniLM-L6-v2") for task in ("cola", "sst2")]
+    figure, axes = plt.subplots(2, 4, figsize=(13, 5.5))
+    for ax, (study, task, title) in zip(axes.flat, panels):
+        found = table(rows, study)
+        for method, colour in COLOURS.items():
+            scores = found.get((method, task), {})
+            ks = sorted({k for k, _ in scores})
+            each = [[value for (other, _), value in scores.items() if other == k] for k in ks]
+            if ks:
+                rates = [rate(k) for k in ks]
+                ax.fill_between(rates, [min(v) for v in each], [max(v) for v in each], color=colour, alpha=0.15, linewidth=0)
+                ax.plot(rates, [statistics.mean(v) for v in each], "o-", color=colour, markersize=3, linewidth=1.2, label=method)
+        ax.set_xscale("log")
+        ax.set_title(title, fontsize=10)
+        ax.grid(alpha=0.3)
+    axes[1, 0].set_xlabel("learning rate")
+    axes[0, 0].set_ylabel("development score")
+    handles = [plt.Line2D([], [], color=colour, marker="o", label=method) for method, colour in COLOURS.items()]
+    axes.flat[-1].legend(handles=handles, loc="center", frameon=False)
+    axes.flat[-1].axis("off")
+    figure.suptitle(
+        "Each method has its own best learning rate: one rate for all would choose the winner (bands: lowest to highest seed)"
+    )
+    figure.tight_layout()
+    figure.savefig(os.path.join(ROOT, "docs", "rates.png"), dpi=90)
+    plt.close(figure)
+
+
 def pages(_):
+    picture(valid(read(ROWS)))
     with open(PAGE, "w") as f:
         f.write(text())
 
