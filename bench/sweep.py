@@ -106,11 +106,11 @@ def score(row):
     return 0.0 if row["dev"] is None else 100 * row["dev"][headline(row["task"])]
 
 
-def table(rows, study):
-    """{(method, task): {(k, seed): score}}"""
+def table(rows, study, more=None):
+    """{(method, task): {(k, seed): score}} of the runs whose flags, beside the rate, are `more`; of all if that is None."""
     found = {}
     for row in rows:
-        if row["study"] == study:
+        if row["study"] == study and more in (None, row["flags"][2:]):
             found.setdefault((row["method"], row["task"]), {})[row["k"], row["seed"]] = score(row)
     return found
 
@@ -118,7 +118,7 @@ def table(rows, study):
 def plan(rows, args):
     """Runs that are asked for now, the most urgent first: dicts with study, method, task, k, seed and flags."""
     study = args.study
-    found, runs = table(rows, study), []
+    found, runs = table(rows, study, args.flags if study == "rates" else None), []
     for i, method in enumerate(args.methods):
         for task in args.tasks:
             if method == "head" and data.TASKS[task].kind == "lm":
@@ -278,7 +278,7 @@ def cells(scores):
 
 def generated(rows):
     """The table of the generated tasks: the best rate of each method on each."""
-    found, lines = table(rows, "rates"), []
+    found, lines = table(rows, "rates", []), []
     methods = [m for m in METHODS if any(method == m for method, _ in found)]
     tasks = [t for t in TASKS if any(task == t for _, task in found)]
     lines += ["| method | " + " | ".join(f"{task} ({headline(task)})" for task in tasks) + " | default |"]
@@ -287,6 +287,15 @@ def generated(rows):
         mine = [cells(found[method, task]) if (method, task) in found else "–" for task in tasks]
         lines.append(f"| {method} | " + " | ".join(mine) + f" | {METHODS[method][2]:g} |")
     return "\n".join(lines)
+
+
+def options(rows):
+    """The table of runs with other flags: the best rate of each."""
+    lines = ["| method | flags | task | best |", "|---|---|---|--:|"]
+    for more in sorted({tuple(row["flags"][2:]) for row in rows if row["study"] == "rates"} - {()}):
+        for (method, task), scores in table(rows, "rates", list(more)).items():
+            lines.append(f"| {method} | `{' '.join(more)}` | {task} | {cells(scores)} |")
+    return "\n".join(lines) if lines[2:] else "None yet."
 
 
 def encoder(rows):
@@ -347,6 +356,12 @@ best rate. Half decades on seeds 100 and 101 until the best is inside the grid, 
 
 ![score against rate](rates.png)
 
+## Other flags
+
+`python bench/sweep.py rates --methods METHOD --flags ...`: the same with TLoRA+'s ratio, TriAdaptLoRA's alpha and the like.
+
+{options(rows)}
+
 ## The task head
 
 `python bench/sweep.py head`: LoRA at 4e-3, the head at a rate of its own; in brackets the seeds. One rate for all methods: 1e-3.
@@ -376,7 +391,7 @@ def picture(rows):
     panels += [("encoder", task, f"{task} ({headline(task)}), all-MiniLM-L6-v2") for task in ("cola", "sst2")]
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.5))
     for ax, (study, task, title) in zip(axes.flat, panels):
-        found = table(rows, study)
+        found = table(rows, study, [] if study == "rates" else None)
         for method, colour in COLOURS.items():
             scores = found.get((method, task), {})
             ks = sorted({k for k, _ in scores})
