@@ -24,7 +24,7 @@ import torch
 from generated import suite
 from reading import files, instructions
 from reading.files import SPLITS, Example, bad, brief
-from reading.tokenizer import ASSETS, Tokenizer, train_tokenizer
+from reading.tokenizer import Tokenizer, train_tokenizer
 
 GENERATED = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "squad", "math", "lesson", "mlm", "clm")
 TEXT_ROWS = {"train": 300_000, "dev": 1_000, "test": 1_000}  # of text to pretrain on
@@ -409,8 +409,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of generated data (default: 0)")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N examples")
     parser.add_argument("--write", metavar="DIR", help="write the splits to DIR in the official layout")
-    parser.add_argument("--train-tokenizer", metavar="FILE", nargs="?", const=ASSETS / "tokenizer.json",
-                        help="train the tokenizer (default: assets/tokenizer.json)")  # fmt: skip
+    parser.add_argument("--train-tokenizer", metavar="FILE", help="train the tokenizer on the generated text and write it")
     parser.add_argument("--vocab-size", type=int, default=2048, help="of the tokenizer (default: 2048)")
     args = parser.parse_args(argv)
     try:

@@ -19,7 +19,10 @@ with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
 
 
 def test_the_lines_to_copy_learn_what_is_there_to_learn(tmp_path):
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    block, trainer = re.findall(r"```python\n(.*?)```", README, re.S)
+    with open(os.path.join(ROOT, "examples", "trainer.py"), encoding="utf-8") as f:
+        example = f.read()
+    assert trainer.count("\n") >= 10 and all(line.partition("#")[0].strip() in example for line in trainer.splitlines())
     check = (
         "\nassert type(model[0]) is type(model[2]) is torch.nn.Linear\nprint(torch.nn.functional.mse_loss(model(x), y).item())"
     )
