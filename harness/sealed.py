@@ -46,10 +46,18 @@ def write(path, tensors, about, beside=None):
     """
     # a copy: tied parameters share memory, which safetensors refuses
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    text = json.dumps({**about, "sha256": {name: digest(t) for name, t in tensors.items()}}, sort_keys=True)
+    sums = {name: digest(tensors[name]) for name in sorted(tensors)}
+    text = json.dumps(dict(sorted({**about, "sha256": sums}.items())))  # what is within keeps its order: tables and figures have it
     seal = hashlib.sha256(text.encode()).hexdigest()
 
     content = save(tensors, metadata={**(beside or {}), "sealed": f"{seal} {text}"})
+    if beside:  # which the library writes in any order
+        n = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:n])
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        content = len(text).to_bytes(8, "little") + text + content[n:]
 
     def whole(temporary):
         with open(temporary, "wb") as f:

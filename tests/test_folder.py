@@ -350,4 +350,5 @@ def test_a_kill_at_any_file_operation_leaves_one_step_and_a_run_that_resumes(in_
     assert min(in_processes([(0, again) for again in resume])) >= 100
     for out in left.values():
         assert rows_of(out) == expected[0] and equal(adapter_of(out), expected[1]) and rows_of(out, "layers.jsonl") == expected[2]
+        assert (out / "layers.jsonl").read_bytes() == (whole / "layers.jsonl").read_bytes()  # the layers' order, too
         assert not os.path.exists(folder.state_path(out)) and (out / "config.json").read_text().count('"finished": {') == 1
