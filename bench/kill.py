@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, gone on with until they finish, and compared with one that was left alone.
 
-    python bench/kill.py                       # 50 kills; four minutes on one core
+    python bench/kill.py                       # 50 kills; three minutes on one core
     python bench/kill.py --kills 500 --seed 1
     python bench/kill.py --write               # also writes bench/kill.md and .jsonl
 

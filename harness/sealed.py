@@ -100,6 +100,8 @@ def writing(path):
     """What others' libraries raise when a disk is full, as an OSError in one line."""
     try:
         yield
+    except (OSError, ValueError):
+        raise
     except Exception as e:  # safetensors and tokenizers each have their own
         raise OSError(f"{path}: {e}".splitlines()[0]) from None
 
@@ -135,7 +137,7 @@ def check(path):
     if os.path.exists(sums):
         with open(sums, errors="replace") as f:
             listed = {line[66:].rstrip("\n"): line[:64] for line in f}
-        if listed.get(name, "") not in ("", of_file(path)):
+        if name in listed and listed[name] != of_file(path):
             raise ValueError(f"{path} is not the file that {sums} lists: damaged, or changed without it")
     if not name.endswith(".json") and "sealed" in raw(path)[1]:
         read(path)
