@@ -70,7 +70,7 @@ def train(run: Run, optimizer: torch.optim.Optimizer, progress: folder.Progress,
             if hasattr(method, "after_step"):
                 events.append(method.after_step(run.model, optimizer, progress.step, run.total_steps))
             progress.layers += [{"step": progress.step, "event": event} for event in events if event]
-            if (save := saver.due()) or due(run, progress.step):
+            if (save := saver.due() or stop.code) or due(run, progress.step):
                 read(run, progress, unread, bar)  # what is no number is not kept
             if save:
                 saver.save()

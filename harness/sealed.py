@@ -47,10 +47,19 @@ def write(path: str, tensors: Mapping[str, torch.Tensor], about: dict, beside: d
     """
     # a copy: tied parameters share memory, which safetensors refuses
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    text = json.dumps({**about, "sha256": {name: digest(t) for name, t in tensors.items()}}, sort_keys=True)
+    sums = {name: digest(tensors[name]) for name in sorted(tensors)}
+    # Only the outer keys are sorted: what is within keeps its order, which tables and figures have.
+    text = json.dumps(dict(sorted({**about, "sha256": sums}.items())))
     seal = hashlib.sha256(text.encode()).hexdigest()
 
     content = save(tensors, metadata={**(beside or {}), "sealed": f"{seal} {text}"})
+    if beside:  # which the library writes in any order
+        n = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:n])
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        content = len(text).to_bytes(8, "little") + text + content[n:]
 
     def whole(temporary):
         with open(temporary, "wb") as f:
@@ -93,6 +102,8 @@ def writing(path: str) -> Iterator[None]:
     """What others' libraries raise when a disk is full, as an OSError in one line."""
     try:
         yield
+    except (OSError, ValueError):
+        raise
     except Exception as e:  # safetensors and tokenizers each have their own
         raise OSError(f"{path}: {e}".splitlines()[0]) from None
 
@@ -128,7 +139,7 @@ def check(path: str) -> None:
     if os.path.exists(sums):
         with open(sums, errors="replace") as f:
             listed = {line[66:].rstrip("\n"): line[:64] for line in f}
-        if listed.get(name, "") not in ("", of_file(path)):
+        if name in listed and listed[name] != of_file(path):
             raise ValueError(f"{path} is not the file that {sums} lists: damaged, or changed without it")
     if not name.endswith(".json") and "sealed" in raw(path)[1]:
         read(path)

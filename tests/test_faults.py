@@ -70,6 +70,7 @@ def test_a_disk_that_is_full_or_read_only_at_any_write_leaves_the_last_good_stat
             assert go(csv, out, *SAVES, *["--resume"] * os.path.exists(folder.state_path(out)))[0] == 0
             assert rows_of(out) == expected[0] and equal(adapter_of(out), expected[1])
         shutil.rmtree(out)
+    print(f"{count} writes, failed with {os.strerror(number)}")
     assert steps == sorted(steps) and {2, 4} <= set(steps) <= {1, 2, 3, 4}  # never an older one than was there
 
 

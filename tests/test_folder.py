@@ -352,9 +352,11 @@ def test_a_kill_at_any_file_operation_leaves_one_step_and_a_run_that_resumes(in_
             steps.add(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"])
         assert len(steps) <= 1, (out.name, steps)
         left[*sorted(os.listdir(out) if out.exists() else []), *steps] = out  # one of those that left the same
+    print(f"{method}: killed at {len(outs)} file operations, {len(left)} different folders gone on with")
     assert states > 5 and len(left) > 10
     resume = [[*flags, out, *["--resume"] * os.path.exists(folder.state_path(out))] for out in left.values()]
     assert min(in_processes([(0, again) for again in resume])) >= 100
     for out in left.values():
         assert rows_of(out) == expected[0] and equal(adapter_of(out), expected[1]) and rows_of(out, "layers.jsonl") == expected[2]
+        assert (out / "layers.jsonl").read_bytes() == (whole / "layers.jsonl").read_bytes()  # the layers' order, too
         assert not os.path.exists(folder.state_path(out)) and (out / "config.json").read_text().count('"finished": {') == 1

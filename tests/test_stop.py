@@ -7,8 +7,9 @@ import sys
 import time
 
 import pytest
-from short import TINY, adapter_of, equal, rows_of
+from short import TINY, adapter_of, equal, go, rows_of
 
+import train
 from harness import folder
 from harness.stop import Stop, Stopped
 
@@ -62,3 +63,18 @@ def test_a_run_that_is_stopped_goes_on_to_the_bit(csv, tmp_path, number, code):
     # what a run leaves is the same byte for byte, however often it was stopped
     paths = [tmp_path / name / "adapter.safetensors" for name in ("part", "whole")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_signal_within_a_step_saves_that_step(csv, tmp_path, capsys, monkeypatch):
+    backward, calls = train.backward, []
+
+    def signalled(run, *more):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(run, *more)
+
+    monkeypatch.setattr(train, "backward", signalled)
+    assert go(csv, tmp_path / "run", "--method", "lora", "--save-every", "1000")[0] == 143
+    assert "keeps the state after step 3, the same command with --resume goes on from it" in capsys.readouterr().err
+    assert folder.load_state(tmp_path / "run")[2]["step"] == 3
