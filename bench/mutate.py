@@ -63,7 +63,7 @@ FILES = {
     "baselines/lora.py": ["tests/test_lora.py", *METHODS],
     "model.py": ["tests/test_model.py"],
     "data.py": ["tests/test_data.py"],
-    "reading/files.py": ["tests/test_files.py"],
+    "reading/files.py": ["tests/test_files.py", "tests/test_own_data.py"],
     "harness/metrics.py": ["tests/test_metrics.py"],
 }
 

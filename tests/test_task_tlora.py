@@ -21,6 +21,7 @@ import data
 import task_tlora
 from baselines import lora
 from model import load_base, logits
+from reading.tokenizer import ASSETS
 from task_tlora import Allocation, TaskTLoRALinear, calibrate, inject, merge, param_groups, see_gradients, see_inputs
 
 INITS = ["wc", "w", "random", "theory"]
@@ -819,7 +820,7 @@ def test_the_svd_asked_for_is_the_svd_taken():
 def test_fast_and_exact_agree_on_the_activations_of_the_pretrained_base():
     """C of its widest layers, with a W of full rank: theirs of rank 128 take the full SVD."""
     tokenizer, task = data.Tokenizer(), data.TASKS["cola"]
-    base = load_base(data.ASSETS / "encoder.safetensors", "classification", 2)
+    base = load_base(ASSETS / "encoder.safetensors", "classification", 2)
     rows = data.features(task, data.load("cola")[:32], tokenizer, 64)
     batches = [next(data.batches([row], task, 1, tokenizer.pad_id)) for row in rows]
     loss = lambda model, batch: F.cross_entropy(logits(model, batch), batch["labels"])  # noqa: E731
@@ -1258,7 +1259,7 @@ def test_the_defaults_are_the_documented_ones():
     ]
     assert defaults == [
         {"exclude": (), "rank": 8, "alpha": 16.0, "samples": 32, "init": "wc", "svd": "fast", "adapt_rank": True,
-         "adapt_scale": True, "center": False, "spectrum": True, "memory": 2 * 1024**3},
+         "adapt_scale": True, "center": False, "spectrum": True, "memory": 2 * 1024**3, "progress": iter},
         {"exclude": (), "plan": None, "rank": 8, "alpha": 16.0, "train_a": False, "dropout": 0.0},
     ]  # fmt: skip
 
@@ -1271,7 +1272,7 @@ def test_every_option_has_a_help_line_and_shared_ones_one_meaning():
         helps = dict(re.findall(r"^        (\w+): (.*(?:\n            .*)*)", options, re.M))
         flags = [p for p in keywords if p.annotation is not p.empty]
         assert list(helps) == [p.name for p in flags]
-        assert {p.name for p in keywords} - set(helps) == ({"plan"} if verb is inject else {"spectrum", "memory"})
+        assert {p.name for p in keywords} - set(helps) == ({"plan"} if verb is inject else {"spectrum", "memory", "progress"})
         for p in flags:
             assert p.annotation in (int, float, bool) or typing.get_origin(p.annotation) is typing.Literal
             entry = (p.annotation, p.default, helps[p.name])
