@@ -6,8 +6,8 @@
 
 One step is forward, backward and AdamW on the same Transformer, batch and targets: all six matrices of each block, rank 8
 (TriAdaptLoRA at its full rank); 768x2 are two blocks of RoBERTa-base's shape. The contestants take turns within one process,
-and the numbers are ratios within a round: machines are noisy. On one CPU thread the clock is that thread's own, which other
-programs do not stop.
+PEFT's LoRA before each of them, and the numbers are ratios to that neighbour: machines are noisy. On one CPU thread the clock is
+that thread's own, which other programs do not stop.
 
 The floor is the frozen backbone with its head alone trained, whose adapted layers ask for the gradient of their output as
 an adapter on them would: it does all the work of W0, forward and backward, and none of an adapter. A row with "fast" has
@@ -156,32 +156,37 @@ def hardware(device):
 
 
 def measure(made, ids, labels, args):
-    """{name: [seconds of each round]}; five rounds to warm up are left out."""
+    """{name: [(seconds, those of PEFT's LoRA just before) of each round]}; five rounds to warm up are left out."""
     cuda = torch.device(args.device).type == "cuda"
     clock = time.thread_time if not cuda and args.threads == 1 else time.perf_counter
     times = {name: [] for name in made}
+
+    def seconds(contestant):
+        if cuda:
+            torch.cuda.synchronize()
+        start = clock()
+        contestant.step(ids, labels, args.bf16)
+        if cuda:
+            torch.cuda.synchronize()
+        return clock() - start
+
     for round in range(args.rounds + 5):
         for name, contestant in made.items():
-            if cuda:
-                torch.cuda.synchronize()
-            start = clock()
-            contestant.step(ids, labels, args.bf16)
-            if cuda:
-                torch.cuda.synchronize()
+            before = seconds(made["PEFT LoRA"])
+            pair = (before, before) if name == "PEFT LoRA" else (seconds(contestant), before)
             if round >= 5:
-                times[name].append(clock() - start)
+                times[name].append(pair)
     return times
 
 
 def rows_of(times, facts):
     """A dict per contestant: median seconds, and ratios to PEFT's LoRA (with quartiles) and to the floor."""
     rows = []
-    for name, seconds in times.items():
-        ratios = [t / yard for t, yard in zip(seconds, times["PEFT LoRA"])]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        to_floor = statistics.median(t / yard for t, yard in zip(seconds, times["floor"]))
-        rows.append({"contestant": name, **facts, "seconds": statistics.median(seconds), "to_peft": middle,
-                     "to_peft_quartiles": [low, high], "to_floor": to_floor})  # fmt: skip
+    floor = statistics.median(t / yard for t, yard in times["floor"])
+    for name, pairs in times.items():
+        low, middle, high = statistics.quantiles([t / yard for t, yard in pairs], n=4, method="inclusive")
+        rows.append({"contestant": name, **facts, "seconds": statistics.median(t for t, _ in pairs), "to_peft": middle,
+                     "to_peft_quartiles": [low, high], "to_floor": middle / floor})  # fmt: skip
     return rows
 
 

@@ -475,9 +475,10 @@ def test_a_layer_that_scores_its_update_in_forward_is_left_as_it_is():
 # ------------------------------------------------------------------- the benches that measure it
 
 
-def test_ratios_are_taken_within_a_round():
+def test_ratios_are_taken_to_the_neighbour_in_time():
     speed = importlib.import_module("bench.speed")
-    times = {"PEFT LoRA": [1.0, 2.0, 4.0], "x": [0.5, 1.5, 4.0], "floor": [0.5, 0.5, 1.0]}
+    times = {"PEFT LoRA": [(1.0, 1.0), (2.0, 2.0), (4.0, 4.0)], "x": [(0.5, 1.0), (1.5, 2.0), (4.0, 4.0)],
+             "floor": [(0.5, 2.0), (0.5, 2.0), (1.0, 2.0)]}  # fmt: skip
     rows = {row["contestant"]: row for row in speed.rows_of(times, {"width": 7})}
     assert rows["x"] == {"contestant": "x", "width": 7, "seconds": 1.5, "to_peft": 0.75,
                          "to_peft_quartiles": [0.625, 0.875], "to_floor": 3.0}  # fmt: skip
