@@ -24,7 +24,11 @@ class Tokenizer:
 
     def __init__(self, source=ASSETS / "tokenizer.json"):
         if isinstance(source, (str, Path)):
-            source = tokenizers.Tokenizer.from_str(read_text(source))
+            text = read_text(source)
+            try:
+                source = tokenizers.Tokenizer.from_str(text)
+            except Exception as e:  # the library has no kind of its own
+                raise ValueError(f"{source} is no tokenizer: {e}".splitlines()[0]) from None
         self.source = source
         if isinstance(source, tokenizers.Tokenizer):
             backend, self.typed = source, True

@@ -122,3 +122,12 @@ def test_a_decoders_tokenizer_has_no_frame_and_a_line_end_before_the_answer(toke
     assert ours.decode(row["input_ids"][row["prompt"] :]) == "two #### 2" and row["input_ids"][-1] == 2
     with pytest.raises(ValueError, match="needs a tokenizer with a mask token"):
         data.features(TASKS["mlm"], [Example("0", ("a",))], ours, 64)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "1.0", "model": 3}'])
+def test_a_damaged_tokenizer_is_one_line_with_its_name(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json( is no tokenizer|:1: the file is empty)") as refused:
+        data.Tokenizer(path)
+    assert "\n" not in str(refused.value)
