@@ -1,6 +1,7 @@
 """Take a run elsewhere, as a LoRA adapter in PEFT's format or an ordinary Hugging Face checkpoint, and back.
 
     python export.py out/mrpc-triadapt-0 --peft DIR       # PeftModel.from_pretrained(base, DIR)
+    python export.py out/four --peft DIR --with-base      # AutoPeftModel...from_pretrained(DIR), for any number of classes
     python export.py out/mrpc-triadapt-0 --merged DIR     # AutoModel...from_pretrained(DIR)
     python export.py out/new --from-peft DIR              # a plain LoRA of PEFT's as a run, for predict.py
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder (with --from-peft a new one)")
     parser.add_argument("--peft", metavar="DIR", help="write a PEFT LoRA adapter there")
+    parser.add_argument("--with-base", action="store_true", help="with --peft: its base too, in DIR/base, with these classes")
     parser.add_argument("--merged", metavar="DIR", help="write a Hugging Face checkpoint there")
     parser.add_argument("--force", action="store_true", help="take another base than the run was trained on")
     back = parser.add_argument_group("reading an adapter")
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     back.add_argument("--text", nargs="+", metavar="COLUMN", default=["text"], help="with --labels: its columns (default text)")
     back.add_argument("--max-length", type=count, default=128, help="with --task or --labels: tokens (default 128)")
     args = parser.parse_args(argv)
+    if args.with_base and not args.peft:
+        parser.error("--with-base is for --peft DIR")
     if not args.peft and not args.merged and not args.from_peft:
         parser.error("give --peft DIR or --merged DIR, or --from-peft DIR")
     try:
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run.open(args.run, force=args.force)
         run.command, run.settings.out = config["command"], args.run
         if args.peft:
-            export_peft(run, args.peft)
+            export_peft(run, args.peft, args.with_base)
         if args.merged:
             export_merged(run, args.merged)
     except (ValueError, OSError) as e:

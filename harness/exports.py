@@ -82,18 +82,23 @@ options = {{"max_new_tokens": {most}, "do_sample": False, "eos_token_id": {stop}
 new = model.generate(input_ids=torch.tensor([ids]), **options)[0, len(ids) :]
 print(tokenizer.decode(new, skip_special_tokens=True))"""
 NOTES = """
-PEFT asks the base for the number of classes, not the adapter: that is why the lines name them.
+PEFT asks the base for the number of classes, not the adapter: that is why the lines name them. `export.py RUN --peft DIR
+--with-base` writes a base that knows them beside the adapter.
 """, """
 The base is a folder of the machine that trained: change `base_model_name_or_path` in adapter_config.json where it lies elsewhere.
+""", """
+The base lies in base/, with a head for these classes: where this folder is moved, change `base_model_name_or_path` in
+adapter_config.json.
 """  # fmt: skip
 
 
 @torch.no_grad()
-def export_peft(run: Run, path: str) -> None:
+def export_peft(run: Run, path: str, with_base: bool = False) -> None:
     """Write adapter_config.json, adapter_model.safetensors and what stands beside them.
 
-    Ranks differ by layer, so each layer stands in rank_pattern and alpha_pattern. ValueError for a method
-    whose change PEFT has no form for.
+    Ranks differ by layer, so each layer stands in rank_pattern and alpha_pattern. `with_base` writes the base as well, with
+    the number and the names of the classes, which PEFT asks the base for. ValueError for a method whose change PEFT has no
+    form for.
     """
     model, names, dora = run.model, run.layers, run.settings.method == "dora"
     layers = [model.get_submodule(name) for name in names]
@@ -116,7 +121,7 @@ def export_peft(run: Run, path: str) -> None:
     adapter = {
         "peft_type": "LORA",
         "task_type": TASK_TYPES[run.task.kind],
-        "base_model_name_or_path": run.settings.backbone,
+        "base_model_name_or_path": os.path.abspath(os.path.join(path, "base")) if with_base else run.settings.backbone,
         "target_modules": names,
         "r": common,
         "lora_alpha": common,
@@ -139,8 +144,21 @@ def export_peft(run: Run, path: str) -> None:
     facts = {"task": dataclasses.asdict(run.task), "max_length": run.settings.max_length, "max_new": run.max_new}
     write_json(os.path.join(path, "task.json"), {**facts, "base": run.fingerprint, "dtype": run.settings.dtype})
     what = f"A LoRA adapter for PEFT: {len(names)} layers, ranks {min(ranks.values())} to {max(ranks.values())}"
-    write_beside(run, path, what, peft=True)
+    if with_base:
+        write_base(run, os.path.join(path, "base"))
+    write_beside(run, path, what, peft=True, with_base=with_base)
     print(f"PEFT adapter in {path}: {len(names)} layers, ranks {min(ranks.values())} to {max(ranks.values())}")
+
+
+def write_base(run: Run, path: str) -> None:
+    """The run's base, untouched but for its head, which is the run's, as a checkpoint for `from_pretrained`."""
+    base, tokenizer, *_ = build_model(run.settings, run.task)
+    for name in head_modules(base):
+        base.get_submodule(name).load_state_dict(run.model.get_submodule(name).state_dict())
+    backbones.delinearize(base)
+    with sealed.writing(path):
+        base.save_pretrained(path)
+        tokenizer.source.save_pretrained(path)  # type: ignore[union-attr]
 
 
 def export_merged(run: Run, path: str) -> None:
@@ -157,7 +175,7 @@ def export_merged(run: Run, path: str) -> None:
 # ------------------------------------------------------------------------- what stands beside it
 
 
-def write_beside(run: Run, path: str, what: str, peft: bool) -> None:
+def write_beside(run: Run, path: str, what: str, peft: bool, with_base: bool = False) -> None:
     """The tokenizer, and README.md: what it is, base, task, metrics, command, and the Python that loads it and predicts."""
     with sealed.writing(path):
         run.tokenizer.source.save_pretrained(path)  # type: ignore[union-attr]
@@ -167,7 +185,7 @@ def write_beside(run: Run, path: str, what: str, peft: bool) -> None:
     if peft:
         name = name.replace("AutoModel", "AutoPeftModel")
         imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
-        if TASK_TYPES[task.kind] == "SEQ_CLS":  # the base's own head may be of another size
+        if TASK_TYPES[task.kind] == "SEQ_CLS" and not with_base:  # the base's own head may be of another size
             names = dict(enumerate(task.labels))
             fit = f"id2label={names}, label2id={ {label: i for i, label in names.items()} }" if names else "num_labels=1"
             fit = f", {fit}, ignore_mismatched_sizes=True"
@@ -182,7 +200,7 @@ def write_beside(run: Run, path: str, what: str, peft: bool) -> None:
         words=METHODS[s.method][1],
         labels=f" ({', '.join(task.labels)})" if task.labels else "", scores=scores, ask=ask(run),
         made=f"\nMade by\n\n```sh\n{portable(run.command)}\n```\n" if run.command else "",
-        note=NOTES[0] * bool(fit) + NOTES[1] * (peft and os.path.isabs(s.backbone)),
+        note=NOTES[0] * bool(fit) + (NOTES[2] if with_base else NOTES[1] * (peft and os.path.isabs(s.backbone))),
         rows=os.path.basename(os.path.normpath(s.data)) if s.data else "generated",
         load=LOAD.format(imports=imports, name=name, fit=fit, dtype="bfloat16" if s.dtype == "bf16" else "float32"),
     )  # fmt: skip

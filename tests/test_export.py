@@ -292,6 +292,32 @@ def test_the_lines_of_a_classifiers_card_give_its_logits_and_names(
             assert (logits(alone.eval().base_model.model, batch()) - logits(run.model, batch())).abs().max() < BOUND
 
 
+@pytest.mark.parametrize("family", ["roberta", "bert", "deberta-v3", "gpt2"])
+def test_with_its_base_an_adapter_of_four_classes_stands_alone(folders, three_classes, tmp_path, monkeypatch, capsys, family):
+    labels = ("a", "b", "c", "d")
+    base = three_classes if family == "roberta" else folders[family]  # one that brings a head, for three
+    out, place = train_run(tmp_path, base, labels, "--method", "triadapt", "--interval", "1", "--t0", "0"), tmp_path / "peft"
+    assert export.main([out, "--peft", str(place), "--with-base"]) == 0
+    run = Run.open(out)
+    (found,) = run.predict([data.Example("0", ("a text",))])["answers"]
+    alone = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(place))
+    assert alone.config.id2label == dict(enumerate(labels))
+    with torch.no_grad():
+        theirs, ours = logits(alone.eval().base_model.model, batch()), logits(run.model, batch())
+        with alone.disable_adapter():
+            plain = logits(alone.base_model.model, batch())
+    print((theirs - ours).abs().max(), (plain - ours).abs().max())
+    assert (theirs - ours).abs().max() < BOUND < 0.01 < (plain - ours).abs().max()
+    capsys.readouterr()
+    _, printed = execute(place, monkeypatch, capsys)
+    assert printed.strip() == str([labels[found]])
+    assert export.main([str(tmp_path / "back"), "--from-peft", str(place)]) == 0  # the same base to `from_peft` as well
+    with torch.no_grad():
+        assert (logits(Run.open(str(tmp_path / "back")).model, batch()) - ours).abs().max() < BOUND
+    with pytest.raises(SystemExit):
+        export.main([out, "--merged", str(tmp_path / "m"), "--with-base"])
+
+
 def test_the_lines_of_a_regressions_card_give_its_scores(folders, tmp_path, monkeypatch, capsys):
     run = Run.open(train_run(tmp_path, folders["bert"], ("0.5", "1.25", "3"), "--method", "lora"))
     (score,) = run.predict([data.Example("0", ("a text",))])["answers"]
