@@ -36,8 +36,11 @@ def test_the_lines_to_copy_learn_what_is_there_to_learn(tmp_path):
 
 
 def test_every_train_command_has_flags_that_exist():
-    with open(os.path.join(ROOT, "docs", "tiny_world.md"), encoding="utf-8") as f:
-        commands = re.findall(r"^(?:torchrun .*)?(?:python )?train\.py (.*?)(?:\.\.\.)?(?:\s+#.*)?$", README + f.read(), re.M)
+    text = README
+    for page in ("tiny_world.md", "several_gpus.md"):
+        with open(os.path.join(ROOT, "docs", page), encoding="utf-8") as f:
+            text += f.read()
+    commands = re.findall(r"^(?:torchrun .*)?(?:python )?train\.py (.*?)(?:\.\.\.)?(?:\s+#.*)?$", text, re.M)
     assert len(commands) >= 10
     for command in commands:
         parse(shlex.split(command))
@@ -57,11 +60,11 @@ def test_the_table_is_made_from_kept_runs_and_says_which_are_older_than_what_it_
     assert len(set(runs)) == len(runs)
     for method, task, _ in runs:  # no mean of fewer
         assert {(method, task, seed) for seed in table.SEEDS} <= set(runs)
-    assert README.split(table.MARKS[0])[1].split(table.MARKS[1])[0].strip() == table.table(rows)
+    assert README.split(table.MARKS[0])[1].split(table.MARKS[1])[0].strip() == table.summary(rows)
     assert table.caption(rows) in README
     with open(os.path.join(ROOT, "bench", "table.md"), encoding="utf-8") as f:
         report = f.read()
-    assert table.verdicts(rows) in report and table.caption(rows) in report
+    assert table.table(rows) in report and table.verdicts(rows) in report and table.caption(rows) in report
 
 
 def test_the_page_of_rates_is_made_from_the_kept_rows():
