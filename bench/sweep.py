@@ -45,6 +45,7 @@ from harness.settings import Settings, parse  # noqa: E402
 
 ROWS = os.path.join(ROOT, "bench", "sweep.jsonl")
 TASKS = ["cola", "sst2", "qnli", "squad", "math"]  # where methods and ranks differ
+ALL_TASKS = [name for name in data.GENERATED if not data.TASKS[name].pretraining]
 FRESH = range(8)  # seeds to compare with, on which nothing was chosen
 HEAD = [-14, -12, -10, -8, -6]  # the head's rates that are tried, in quarter decades
 PAGE = os.path.join(ROOT, "docs", "rates.md")
@@ -127,7 +128,7 @@ def plan(rows, args):
             if study == "head":
                 wanted = [(k, seed) for k in HEAD for seed in SEEDS["rates"][0] if (k, seed) not in have]
             elif study == "compare":
-                wanted = [(None, seed) for seed in FRESH if (None, seed) not in have]
+                wanted = [(None, seed) for seed in args.seeds if (None, seed) not in have]
             else:
                 wanted = asked(have, start(method) - 2 * (study == "encoder"), study)
             for k, seed in wanted:
@@ -426,7 +427,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=("head", "rates", "compare", "encoder", "pages"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all (head: lora)")
-    parser.add_argument("--tasks", nargs="+", choices=[name for name in data.GENERATED if not data.TASKS[name].pretraining])
+    parser.add_argument(
+        "--tasks", nargs="+", choices=[*ALL_TASKS, "all"], help=f"default: {' '.join(TASKS)} (encoder: cola sst2)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=FRESH, help="compare: 0 to 7")
     parser.add_argument("--backbone", help="encoder: a Hugging Face checkpoint")
     parser.add_argument("--data", help="encoder: a folder with GLUE's folders CoLA, SST-2, ...")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: more flags for train.py")
@@ -438,6 +442,7 @@ def main():
         return pages(args)
     args.methods = args.methods or (["lora"] if args.study == "head" else list(METHODS))
     args.tasks = args.tasks or (["cola", "sst2"] if args.study == "encoder" else TASKS)
+    args.tasks = ALL_TASKS if args.tasks == ["all"] else args.tasks
     folders = {"cola": "CoLA", "sst2": "SST-2", "rte": "RTE", "mrpc": "MRPC", "stsb": "STS-B"}
 
     def places(task):

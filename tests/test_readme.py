@@ -56,7 +56,7 @@ def test_every_file_named_is_there():
 
 def test_the_table_is_made_from_kept_runs_and_says_which_are_older_than_what_it_describes():
     rows = table.read_rows()
-    runs = [(row["method"], row["task"], row["seed"]) for row in rows]
+    runs = [(row["name"], row["task"], row["seed"]) for row in rows]
     assert len(set(runs)) == len(runs)
     for method, task, _ in runs:  # no mean of fewer
         assert {(method, task, seed) for seed in table.SEEDS} <= set(runs)
