@@ -357,6 +357,8 @@ best rate. Half decades on seeds 100 and 101 until the best is inside the grid, 
 
 ![score against rate](rates.png)
 
+![learning curves](curves.png)
+
 ## Other flags
 
 `python bench/sweep.py rates --methods METHOD --flags ...`: the same with TLoRA+'s ratio, TriAdaptLoRA's alpha and the like.
@@ -379,6 +381,14 @@ six epochs, bf16 on an NVIDIA H200 with `--flags --fast`: half decades on seed 1
 
 
 COLOURS = {"lora": "#000000", "tlora": "#D55E00", "tlora_plus": "#E69F00", "task_tlora": "#0072B2", "triadapt": "#009E73"}
+
+
+def legend(ax):
+    """The methods' colours, in a panel of their own."""
+    for method, colour in COLOURS.items():
+        ax.plot([], [], "o-", color=colour, label=method)
+    ax.legend(loc="center", frameon=False)
+    ax.axis("off")
 
 
 def picture(rows):
@@ -406,9 +416,7 @@ def picture(rows):
         ax.grid(alpha=0.3)
     axes[1, 0].set_xlabel("learning rate")
     axes[0, 0].set_ylabel("development score")
-    handles = [plt.Line2D([], [], color=colour, marker="o", label=method) for method, colour in COLOURS.items()]
-    axes.flat[-1].legend(handles=handles, loc="center", frameon=False)
-    axes.flat[-1].axis("off")
+    legend(axes.flat[-1])
     figure.suptitle(
         "Each method has its own best learning rate: one rate for all would choose the winner (bands: lowest to highest seed)"
     )
@@ -417,8 +425,40 @@ def picture(rows):
     plt.close(figure)
 
 
+def curves(rows):
+    """docs/curves.png: score against epoch, each method at the best rate that it has on the task, the mean of its seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = table(rows, "rates", [])
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+    for ax, task in zip(axes.flat, TASKS):
+        for method, colour in COLOURS.items():
+            if (method, task) in found:
+                k, *_ = best(found[method, task])
+                mine = [row for row in rows if (row["study"], row["method"], row["task"], row["k"]) == ("rates", method, task, k)]
+                each = [row["curve"] for row in mine if row["curve"] and not row["flags"][2:]]
+                epochs = [point["epoch"] for point in each[0]]
+                means = [statistics.mean(100 * point[headline(task)] for point in points) for points in zip(*each, strict=True)]
+                ax.plot(epochs, means, "o-", color=colour, markersize=4, linewidth=1.2)
+        ax.set_title(f"{task} ({headline(task)})", fontsize=10)
+        ax.set_xticks(epochs)
+        ax.grid(alpha=0.3)
+    axes[1, 0].set_xlabel("epoch")
+    axes[0, 0].set_ylabel("development score")
+    legend(axes.flat[-1])
+    figure.suptitle("How fast each method learns at its own best rate on each task (tiny base, mean of the seeds so far)")
+    figure.tight_layout()
+    figure.savefig(os.path.join(ROOT, "docs", "curves.png"), dpi=90)
+    plt.close(figure)
+
+
 def pages(_):
-    picture(valid(read(ROWS)))
+    rows = valid(read(ROWS))
+    picture(rows)
+    curves(rows)
     with open(PAGE, "w") as f:
         f.write(text())
 

@@ -3,7 +3,7 @@
     python bench/sweep.py compare --tasks all --seeds 0 1 2          # the runs: hours on two cores, go on another day
     python bench/sweep.py compare --methods lora --tasks all --seeds 0 1 2 --flags --rank 1
     python bench/table.py                                            # the table, from the rows kept
-    python bench/table.py --write                                    # bench/table.md, docs/results.png, README's table
+    python bench/table.py --write                                    # bench/table.md, its pictures, README's table
 
 Each run is `python train.py --method M --task T --seed S` with the defaults of that method and task. Of the rows in
 bench/sweep.jsonl the last of a method, task and seed counts; the table says how many of its runs are of earlier code or
@@ -11,6 +11,7 @@ defaults. A method stands in it once all its runs are there.
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -77,13 +78,19 @@ def table(rows):
     return "\n".join(lines)
 
 
-def summary(rows):
-    """The README's table: per method the mean of the tasks to understand over seeds, `math`, and the numbers trained on cola."""
-    understand = [task for task in TASKS if data.TASKS[task].kind != "lm"]
-    lines = ["| method | nine tasks | math | trained |", "|---|--:|--:|--:|"]
+def totals(rows):
+    """{method: (the mean of the nine tasks to understand, of each seed; the most numbers trained on cola)}"""
+    understand, found = [task for task in TASKS if data.TASKS[task].kind != "lm"], {}
     for method in (method for method in METHODS if any(row["name"] == method for row in rows)):
         nine = [statistics.mean(seed) for seed in zip(*(scores(rows, method, task) for task in understand), strict=True)]
-        trained = max(row["trained"] or 0 for row in rows if (row["name"], row["task"]) == (method, "cola"))
+        found[method] = nine, max(row["trained"] or 0 for row in rows if (row["name"], row["task"]) == (method, "cola"))
+    return found
+
+
+def summary(rows):
+    """The README's table: per method the mean of the nine tasks, `math`, and the numbers trained on cola."""
+    lines = ["| method | nine tasks | math | trained |", "|---|--:|--:|--:|"]
+    for method, (nine, trained) in totals(rows).items():
         lines.append(f"| {method} | {cell(nine)} | {cell(scores(rows, method, 'math'))} | {trained:,} |")
     return "\n".join(lines)
 
@@ -159,11 +166,81 @@ def picture(rows):
     plt.close(figure)
 
 
+def step_times():
+    """{method: a step's time over PEFT's LoRA's} at width 128, from bench/speed-cpu.jsonl, as train.py runs it."""
+    with open(os.path.join(ROOT, "bench", "speed-cpu.jsonl"), encoding="utf-8") as f:
+        times = {row["contestant"]: row["to_peft"] for row in map(json.loads, f) if row["width"] == 128}
+    times["head"] = times["floor"]
+    return {name: times.get(f"{name}, fast", times.get(name)) for name in METHODS}
+
+
+def front(points):
+    """The names of those that no other has beaten at the same cost or less: {name: (cost, score)}."""
+    return [a for a, (cost, score) in points.items() if not any(c <= cost and s > score for c, s in points.values())]
+
+
+def colour(name, best):
+    return "#0072B2" if name in best else "#70757e"
+
+
+def name_points(ax, points, colour):
+    """Write each name beside its point, where no other name or point is if there is such a place."""
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(ax.transData.transform, points.values())]
+    for name, point in points.items():
+        x, y = ax.transData.transform(point)
+        if not ax.bbox.contains(x, y):
+            continue
+        wide, high, places = 6.6 * len(name), 13, []
+        for dx, dy in [(7, 3), (-7, 3), (7, -3), (-7, -3), (7, 14), (-7, -14), (-7, 14), (7, -14), (7, 26), (-7, -26)]:
+            left, low = x + dx - wide * (dx < 0), y + dy - high * (dy < 0)
+            box = left, low, left + wide, low + high
+            clash = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+            places.append((clash, len(places), box))
+        *_, box = min(places)
+        taken.append(box)
+        ax.annotate(name, box[:2], xycoords="figure pixels", fontsize=9, color=colour(name))
+
+
+def pareto(rows):
+    """docs/pareto.png: the mean of the nine tasks against trained numbers and against the time of a step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found, times = totals(rows), step_times()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True, dpi=90)  # as it is saved: names are placed by pixels
+    costs = {"trained numbers on cola": {name: trained for name, (_, trained) in found.items()},
+             "time of a training step, PEFT's LoRA = 1 (width 128, one CPU thread)": times}  # fmt: skip
+    shown = []
+    for ax, (what, cost) in zip(axes, costs.items()):
+        points = {name: (cost[name], statistics.mean(found[name][0])) for name in found if cost[name] and name != "head"}
+        best = front(points)
+        for name, (x, y) in points.items():
+            ax.errorbar(x, y, statistics.stdev(found[name][0]), fmt="o", color=colour(name, best), markersize=5)
+        ax.set_xlabel(what)
+        ax.set_xscale("log" if what.startswith("trained") else "linear")
+        ax.grid(alpha=0.3)
+        ax.margins(0.15)
+        shown.append((ax, points, best))
+    axes[0].set_ylabel("mean of nine generated tasks, points")
+    scored = [statistics.mean(nine) for name, (nine, _) in found.items() if name != "head"]
+    axes[0].set_ylim(min(scored) - 1, max(scored) + 1)
+    figure.suptitle("What a score costs: in blue those that no other beats at the same cost or less (the head alone is below)")
+    figure.tight_layout()
+    for ax, points, best in shown:
+        name_points(ax, points, lambda name, best=best: colour(name, best))
+    figure.savefig(os.path.join(ROOT, "docs", "pareto.png"), dpi=90)
+    plt.close(figure)
+
+
 def write(rows):
     picture(rows)
+    pareto(rows)
     with open(os.path.join(ROOT, "bench", "table.md"), "w") as f:
         f.write(f"`python bench/table.py --write`, seeds {' '.join(map(str, SEEDS))}: mean ± standard deviation of the "
                 f"development metric after the last epoch, in points of 100. {caption(rows)}\n\n{table(rows)}\n\n"
+                "![what a score costs](../docs/pareto.png)\n\n"
                 f"What the tasks and bases were made to show (targets for them, not for a method):\n\n{verdicts(rows)}\n\n"
                 f"Seconds of one run on one thread, with another run beside it.\n\n{costs(rows)}\n")  # fmt: skip
     path = os.path.join(ROOT, "README.md")
@@ -177,7 +254,7 @@ def write(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write bench/table.md, docs/results.png and README's table")
+    parser.add_argument("--write", action="store_true", help="write bench/table.md, its pictures in docs and README's table")
     args = parser.parse_args()
     rows = read_rows()
     if args.write:
