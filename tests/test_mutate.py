@@ -84,7 +84,8 @@ made = {file: mutate.mutants_of(mutate.read(os.path.join(ROOT, file))) for file 
 @pytest.mark.parametrize("file", mutate.FILES)
 def test_each_file_of_the_table_has_a_mutant_in_three_lines_with_names_of_their_own(file):
     mutants = made[file]
-    assert 3 * len(mutants) >= mutate.read(os.path.join(ROOT, file)).count("\n") and len({m.code for m in mutants}) == len(mutants)
+    assert 3 * len(mutants) >= mutate.read(os.path.join(ROOT, file)).count("\n")
+    assert len({m.code for m in mutants}) == len(mutants)
     assert len({(m.source, m.change) for m in mutants}) == len(mutants)  # the key of results and of equivalents
     for m in mutants[::20]:
         compile(m.code, file, "exec")
