@@ -85,7 +85,8 @@ class IncreLoRALinear(lora.LoRALinear):
         P, Q = self.factors()
         dW = P @ Q  # (m, n), whole, for the gradient that the score needs
         if dW.requires_grad:
-            dW.register_hook(lambda gradient: self.see(dW.detach(), gradient))
+            value = dW.detach()  # a hook that held dW itself would keep it, and its graph, for ever
+            dW.register_hook(lambda gradient: self.see(value, gradient))
         x = F.dropout(input, self.dropout, self.training)
         return self.base(input) + F.linear(x, dW.to(x.dtype))  # (..., m)
 

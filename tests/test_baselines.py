@@ -1,5 +1,6 @@
 """The behaviour that the baselines share, on our transformer and on tiny random RoBERTas, LLaMAs and T5s."""
 
+import gc
 import importlib
 import inspect
 import re
@@ -128,6 +129,17 @@ def test_the_output_at_the_start_is_the_models_and_changes_with_training(name):
     case.model.get_submodule(case.head).requires_grad_(False)  # what changes is the adapters' doing
     losses = case.train(12)
     assert (case() - before).abs().max() > 1e-2 and losses[-1] < losses[0]
+
+
+@every
+def test_a_forward_and_backward_pass_leaves_no_tensor_behind(name):
+    case, alive = Case(name).adapt(), []
+    for _ in range(4):
+        case.loss(case.model.train()).backward()
+        gc.collect()
+        alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+    print(alive)
+    assert alive[1] == alive[2] == alive[3]
 
 
 @every
