@@ -30,7 +30,8 @@ SIZES = {"tokens": [256, 512, 1024, 2048, 4096], "rank": [2, 8, 32, 128], "width
 def contestants(base, rank):
     import peft
 
-    ours = {name: speed.ours(base, method, {**options, "rank": rank}, fast_path=True)
+    budget = {"triadapt": {"rank_ref": rank}}  # which may not be below the rank
+    ours = {name: speed.ours(base, method, {**options, "rank": rank, **budget.get(name, {})}, fast_path=True)
             for name, (method, options) in speed.OURS.items() if name in ("lora", "task_tlora", "triadapt")}  # fmt: skip
     config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=speed.SIX, modules_to_save=["head"])
     model = peft.get_peft_model(copy.deepcopy(base), config)

@@ -75,7 +75,7 @@ def asked(scores, first, study="rates", lowest=-24, highest=0):
     the quarter decades beside the best until the best is inside, then the best on more seeds; each where it has seeds.
     """
     halves, quarters, chosen = SEEDS[study]
-    ks, step, seeds = [first, first - 2, first + 2], 2, halves
+    ks, step, seeds = [first, first - 2, first + 2], 2, halves[:1]  # one seed finds the place, where the others look
     while True:
         if lacking := [(k, seed) for k in ks for seed in seeds if (k, seed) not in scores]:
             return lacking
@@ -83,6 +83,8 @@ def asked(scores, first, study="rates", lowest=-24, highest=0):
         beside = [k for k in (best - step, best + step) if k not in ks and lowest <= k <= highest]
         if beside:
             ks += beside
+        elif seeds == halves[:1] != halves:
+            seeds = halves
         elif step == 2 and quarters:
             ks, step, seeds = [k for k in (best, best - 1, best + 1) if lowest <= k <= highest], 1, quarters
         else:
