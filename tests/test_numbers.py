@@ -15,8 +15,10 @@ sys.path.insert(0, os.path.join(ROOT, "bench"))
 import memory  # noqa: E402
 import mutate  # noqa: E402
 import speed  # noqa: E402
+import sweep  # noqa: E402
 
 import model  # noqa: E402
+from harness.methods import METHODS  # noqa: E402
 
 
 def read(*path):
@@ -55,6 +57,24 @@ def test_the_readme_has_the_numbers_of_the_rows():
     for base in ("encoder", "decoder"):
         whole = model.load_base(os.path.join(ROOT, "assets", f"{base}.safetensors"), "lm")
         assert f"of {sum(p.numel() for p in whole.parameters()):,} numbers each" in world
+
+
+def test_the_baselines_rates_are_chosen_as_their_page_says():
+    kept = [row for row in sweep.read(sweep.ROWS) if (row["study"], row["seed"], len(row["flags"])) == ("rates", 100, 2)]
+    scores = {(row["method"], sweep.rate(row["k"]), row["task"]): f"{sweep.score(row):.1f}" for row in kept}
+    page = read("bench", "rates.md").partition("## Baselines")[2]
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| (\S+) \| (\S+) \| (\S+) \| (\w*) \|$", page, re.M)
+    assert len({method for method, *_ in rows}) == 11
+    means = {}
+    for method, rate, cola, qnli, mean, default in rows:
+        assert (cola, qnli) == tuple(scores.get((method, float(rate), task), "–") for task in ("cola", "qnli"))
+        means.setdefault(method, {})[float(rate)] = -1 if mean == "–" else float(mean)
+        assert mean == "–" or abs(float(mean) - (float(cola) + float(qnli)) / 2) <= 0.1
+        assert (METHODS[method][2] == float(rate)) == (default == "default")
+    for tried in means.values():
+        best = max(tried, key=tried.get)
+        assert min(tried) < best < max(tried)
+    assert {method: max(tried, key=tried.get) for method, tried in means.items()} == {m: METHODS[m][2] for m in means}
 
 
 def test_what_words_alone_tell_is_what_the_bench_found():
