@@ -33,11 +33,9 @@ class DoRALinear(lora.LoRALinear):
         raise ValueError("DoRA's change of the weight is not of low rank, it has no factors: merge it, or --export-merged")
 
     def direction(self) -> torch.Tensor:
-        """V = W0 + s B A (m, n), in float32 at least: in half precision small changes of a length would vanish."""
-        W0 = self.base.weight
-        wide = torch.promote_types(W0.dtype, torch.float32)
-        with torch.autocast(W0.device.type, enabled=False):
-            return W0.to(wide) + self.scaling * self.B.to(wide) @ self.A.to(wide)
+        """V = W0 + s B A (m, n), in float32 at least as A and B are: in half precision small changes of a length would vanish."""
+        with torch.autocast(self.A.device.type, enabled=False):
+            return self.base.weight + self.scaling * self.B @ self.A
 
     @torch.no_grad()
     def row_norms(self) -> torch.Tensor:
@@ -79,11 +77,13 @@ def inject(
 def merge(model: nn.Module) -> list[str]:
     """Put W' in the place of W0 and give the plain nn.Linear back; returns the names merged.
 
-    Computed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped.
+    Computed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped, and if the model reads
+    a layer's weight and never calls the layer.
     """
     wrapped = {name: m for name, m in model.named_modules() if isinstance(m, DoRALinear)}
     if not wrapped:
         raise ValueError("nothing to merge: the model holds no DoRALinear (merged already?)")
+    lora.check_called(wrapped)
     for name, layer in wrapped.items():
         stretch = layer.magnitude / layer.row_norms()
         layer.base.weight.copy_(stretch[:, None] * layer.direction())

@@ -131,6 +131,58 @@ def test_the_output_at_the_start_is_the_models_and_changes_with_training(name):
     assert (case() - before).abs().max() > 1e-2 and losses[-1] < losses[0]
 
 
+DEFAULTS = {
+    "dora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
+    "pissa": {"rank": 8, "alpha": 8.0, "dropout": 0.0, "niter": 0},
+    "olora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
+    "lora_plus": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "lr_ratio": 20.0},
+    "lora_xs": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "std": 0.0},
+    "adalora": {"rank": 12, "rank_target": 8, "alpha": 16.0, "dropout": 0.0, "t_init": 0, "t_final": 0, "mask_interval": 10,
+                "beta1": 0.85, "beta2": 0.85, "orth": 0.1},
+    "corda": {"plan": None, "rank": 8, "alpha": 8.0, "dropout": 0.0, "samples": 256, "directions": "ipm", "progress": iter},
+    "lora_ga": {"plan": None, "rank": 8, "alpha": 16.0, "dropout": 0.0, "samples": 128, "gamma": 16.0, "variant": "authors",
+                "progress": iter},
+    "houlsby": {"bottleneck": 64, "places": ""},
+    "pfeiffer": {"reduction": 16, "zero": False, "places": ""},
+    "increlora": {"rank": 1, "rank_target": 8, "alpha": 16.0, "dropout": 0.0, "delta": 0, "top": 3, "interval": 50, "t0": 50,
+                  "beta1": 0.85, "beta2": 0.85, "orth": 0.1},
+}  # fmt: skip
+
+
+@every
+def test_the_defaults_are_these(name):
+    module, found = importlib.import_module(f"baselines.{name}"), {}
+    for verb in (getattr(module, "calibrate", None), module.inject):
+        options = inspect.signature(verb).parameters.values() if verb else ()
+        found |= {option.name: option.default for option in options if option.default is not option.empty}
+    assert found == DEFAULTS[name]
+
+
+class Reader(nn.Module):
+    """Calls one layer and computes with the weight of another, as Mamba does with its dt_proj."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return F.linear(self.called(x), self.read.weight)
+
+
+@pytest.mark.parametrize("name", [n for n, (_, _, odd) in BASELINES.items() if "refuses" not in odd])
+def test_a_layer_that_is_read_and_never_called_is_not_merged(name):
+    module, options = importlib.import_module(f"baselines.{name}"), BASELINES[name][1]
+    model, x = Reader(), torch.randn(3, 8)
+    module.inject(model, ["called", "read"], **options)
+    model(x)
+    with pytest.raises(ValueError, match="layer read is read and never called"):
+        module.merge(model)
+    model.read = model.read.base
+    before = model(x)
+    assert module.merge(model) == ["called"] and (model(x) - before).abs().max() < 1e-6
+    assert all(p.is_leaf and p.grad_fn is None and not p.requires_grad for p in model.parameters())
+
+
 @every
 def test_a_forward_and_backward_pass_leaves_no_tensor_behind(name):
     case, alive = Case(name).adapt(), []
@@ -222,10 +274,11 @@ def test_dropout_is_on_the_updates_input_in_training_alone(name):
 
 @every
 def test_a_frozen_layer_keeps_its_mode_and_the_groups_take_the_runs_rate_and_decay(name):
-    case = Case(name)
-    case.model.train()
-    case.adapt()
-    assert all(m.training for m in case.model.modules())
+    for training in (False, True):
+        case = Case(name)
+        case.model.train(training)
+        case.adapt()
+        assert {m.training for m in case.model.modules()} == {training}
     groups = case.module.param_groups(case.model, 1e-3, 0.1)
     assert groups[0]["lr"] == 1e-3 and groups[0]["weight_decay"] == 0.1
 
@@ -254,7 +307,7 @@ def test_the_adapter_alone_fits_the_untouched_base_to_the_bit(name, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_it_computes_in_the_layers_dtype_and_under_autocast(name, dtype):
     case = Case(name, dtype=dtype).adapt()
-    losses = case.train(10)
+    losses = case.train(10, lr=0.004)  # with more LoRA+ and its ratio of 20 are at the edge: rounding decides
     assert case().dtype == dtype and losses[-1] < losses[0]
     case = Case(name).adapt()
     case.train(2)

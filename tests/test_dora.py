@@ -140,3 +140,29 @@ def test_losses_equal_pefts_over_twenty_steps(dtype, bound):
         bound,
     )
     assert ours[0].B.abs().max() > 1e-2 and (ours[0].magnitude - start).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_lengths_are_measured_in_float32_at_least_under_autocast_too(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8)).to(dtype)
+    dora.inject(model, ["0"], rank=2)
+    layer = model[0]
+    nn.init.normal_(layer.B)
+    W0, delta = layer.base.weight.double(), layer.scaling * layer.B.double() @ layer.A.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        V, norms = layer.direction(), layer.row_norms()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert V.dtype == norms.dtype == wide
+    error = (norms.double() - (W0 + delta).norm(dim=1)).abs().max().item()
+    print(dtype, error)
+    assert error < 1e-5 and delta.abs().max() > 0.1
+
+
+def test_dropout_is_of_training_alone():
+    model, x = randomised(dropout=0.5), torch.randn(4, 7, dtype=torch.float64)
+    plain = randomised()
+    assert (model.eval()(x) - plain(x)).abs().max() < 1e-12
+    assert (model.train()(x) - plain.train()(x)).abs().max() > 1e-2
+    model[0].dropout = 0.0
+    assert (model(x) - plain(x)).abs().max() < 1e-12
