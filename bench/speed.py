@@ -293,8 +293,7 @@ def main():
     for width, depth in args.shapes:
         base, ids, labels = problem(width, depth, args)
         made = contestants(base)
-        wanted = {"floor", "PEFT LoRA", *(args.only or made)}
-        made = {name: c for name, c in made.items() if name in wanted}
+        made = {name: c for name, c in made.items() if name in {"floor", "PEFT LoRA", *(args.only or made)}}
         for contestant in made.values() if args.compile else ():
             contestant.model.compile()
         times = measure(made, ids, labels, args)
