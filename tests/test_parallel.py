@@ -245,10 +245,14 @@ for method, options in ((lora, {}), (tlora_plus, {}), (task_tlora, {}), (triadap
         found.append(losses)
     apart = max(abs(a - b) for a, b in zip(*found))
     assert apart < 1e-6 and found[0][0] - found[0][-2] > 1e-2, (method, apart, found)
+parallel.wait()
+open(f"{__file__}.{parallel.number()}", "w").close()  # all of the above held
+parallel.wait()
 """
 
 
 def test_method_files_train_alike_under_fully_sharded_data_parallel(tmp_path):
     (tmp_path / "sharded.py").write_text(SHARDED)
     result = torchrun(tmp_path / "sharded.py", env={**os.environ, "PYTHONPATH": ROOT})
-    assert result.returncode == 0, result.stderr[-3000:]
+    # Not the exit status: once in dozens of runs a process aborted, as it seems while PyTorch took its groups down.
+    assert {file.name for file in tmp_path.glob("sharded.py.*")} == {"sharded.py.0", "sharded.py.1"}, result.stderr[-3000:]
