@@ -56,15 +56,15 @@ EQUIVALENT, REPORT, KEPT = (os.path.join(ROOT, "bench", name) for name in ("equi
 # file: the tests that are to notice a wrong line of it, the quickest first
 METHODS = ["tests/test_walking.py", "tests/test_methods.py"]
 BASELINES = "lora_plus dora pissa olora lora_ga corda lora_xs adalora increlora houlsby".split()
-MORE = ["tests/test_baselines.py", "tests/test_methods.py"]
+OF_BASELINES = ["tests/test_baselines.py", "tests/test_methods.py"]
 FILES = {
     "tlora.py": ["tests/test_tlora.py", *METHODS],
     "tlora_plus.py": ["tests/test_tlora_plus.py", *METHODS],
     "task_tlora.py": ["tests/test_task_tlora.py", *METHODS],
     "triadapt.py": ["tests/test_triadapt.py", *METHODS],
     "baselines/lora.py": ["tests/test_lora.py", *METHODS],
-    **{f"baselines/{name}.py": [f"tests/test_{name}.py", *MORE] for name in BASELINES},
-    "baselines/pfeiffer.py": ["tests/test_houlsby.py", *MORE],
+    **{f"baselines/{name}.py": [f"tests/test_{name}.py", *OF_BASELINES] for name in BASELINES},
+    "baselines/pfeiffer.py": ["tests/test_houlsby.py", *OF_BASELINES],
     "model.py": ["tests/test_model.py"],
     "data.py": ["tests/test_data.py"],
     "reading/files.py": ["tests/test_files.py", "tests/test_own_data.py"],

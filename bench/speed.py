@@ -214,10 +214,10 @@ def readme(rows):
 
 
 FROZEN_A = ("tlora", "task_tlora")
-TRIED = """Where that is missed: TLoRA's dropout of the update cannot be folded into W0, so that a step has 45 more thin products
-and two passes over every output; its mask is one bit an entry, drawn 64 at a time (at 1024 x 128 in 0.03 ms, torch's bernoulli_
-takes 2.6), and unpacked in the products' own memory. TriAdaptLoRA builds L + U and P from small matrices in each of 24 layers and
-adds its penalty, which is batched over layers of one shape; both are launches of small operations, not arithmetic."""
+TRIED = """Where that is missed: TLoRA's dropout of the update cannot be folded into W0, so that each layer has two more thin
+products a step and two passes over its output; its mask is one bit an entry, drawn 64 at a time. TriAdaptLoRA builds L + U and P
+from small matrices in each layer and adds its penalty, which is batched over layers of one shape: many small operations, little
+arithmetic."""
 
 
 def wanted(rows):

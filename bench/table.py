@@ -210,10 +210,10 @@ def pareto(rows):
 
     found, times = totals(rows), step_times()
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True, dpi=90)  # as it is saved: names are placed by pixels
-    costs = {"trained numbers on cola": {name: trained for name, (_, trained) in found.items()},
+    against = {"trained numbers on cola": {name: trained for name, (_, trained) in found.items()},
              "time of a training step, PEFT's LoRA = 1 (width 128, one CPU thread)": times}  # fmt: skip
     shown = []
-    for ax, (what, cost) in zip(axes, costs.items()):
+    for ax, (what, cost) in zip(axes, against.items()):
         points = {name: (cost[name], statistics.mean(found[name][0])) for name in found if cost[name] and name != "head"}
         best = front(points)
         for name, (x, y) in points.items():
