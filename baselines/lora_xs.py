@@ -26,10 +26,10 @@ class LoRAXSLinear(lora.LoRALinear):
     def __init__(self, plain: lora.LoRALinear, std: float):
         super().__init__(plain.base, plain.rank, plain.alpha, plain.dropout)
         r, wide = plain.rank, torch.promote_types(plain.base.weight.dtype, torch.float32)
-        U, S, Vh = torch.linalg.svd(plain.base.weight.detach().to(wide), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(plain.base.weight.to(wide), full_matrices=False)
         del self.A, self.B
-        self.A = nn.Buffer(Vh[:r].to(plain.A).contiguous())  # type: ignore[assignment]
-        self.C = nn.Buffer((U[:, :r] * S[:r]).to(plain.A).contiguous())
+        self.A = nn.Buffer(Vh[:r].contiguous())  # type: ignore[assignment]
+        self.C = nn.Buffer((U[:, :r] * S[:r]).contiguous())
         self.R = nn.Parameter(std * torch.randn(r, r).to(plain.A))
         self.train(plain.training)
 

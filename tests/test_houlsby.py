@@ -122,7 +122,7 @@ def test_wrong_use_is_refused_in_one_line(method):
     for targets, options, words in [
         (["q_proj"], {}, "no output projection among the targets, none ends in"),
         (["q_proj"], {}, "they end in: q_proj"),
-        (["o_proj"], {"places": "proj"}, "none ends in proj; they end in: o_proj"),
+        (["o_proj", "v_proj", "k_proj"], {"places": "proj,  x "}, "none ends in proj, x; they end in: k_proj, o_proj, v_proj"),
         (["o_proj"], {width: 0}, f"{width} 0 is below 1"),
         (["nope"], {}, "target 'nope' matches no nn.Linear"),
     ]:
@@ -130,13 +130,35 @@ def test_wrong_use_is_refused_in_one_line(method):
             method.inject(model, targets, **options)
         assert words in str(error.value) and "\n" not in str(error.value)
         assert all(p.requires_grad for p in model.parameters())
-    method.inject(model, ["down_proj"])
+    method.inject(model, ["down_proj"], **{width: 1})
     with pytest.raises(ValueError, match="cannot be merged into the weights"):
         method.merge(model)
     with pytest.raises(ValueError, match="has no factors and cannot be merged"):
         model.blocks[0].down_proj.factors()
     with pytest.raises(ValueError, match="adapted already"):
         method.inject(model, ["o_proj"])
+
+
+@pytest.mark.parametrize("names", [
+    "layers.0.self_attn.o_proj layers.0.mlp.down_proj", "layer.0.attention.output.dense layer.0.output.dense",
+    "layer.0.SelfAttention.o layer.1.DenseReluDense.wo", "layer.1.EncDecAttention.o layer.2.DenseReluDense.wo",
+    "h.0.attn.c_proj h.0.mlp.c_proj", "layers.0.self_attn.out_proj layers.0.fc2",
+])  # fmt: skip
+def test_the_output_projections_are_known_by_the_names_of_each_family(names):
+    attention, mlp = names.split()
+    for method, expected in ((houlsby, {attention, mlp}), (pfeiffer, {mlp})):
+        model = nn.Module()
+        for name in (*expected, attention, mlp, "layers.0.fc1", "embed"):
+            place = model
+            for part in name.split(".")[:-1]:
+                place.register_module(part, getattr(place, part, nn.Module()))
+                place = getattr(place, part)
+            place.register_module(name.rpartition(".")[2], nn.Linear(24, 32))
+        targets = [name.rpartition(".")[2] for name in (attention, mlp, "fc1", "embed")]
+        assert set(method.inject(model, targets)) == expected
+        wrapped = model.get_submodule(mlp)
+        assert (wrapped.in_features, wrapped.out_features) == (24, 32)
+        assert wrapped.bias is wrapped.base.bias and wrapped.weight is wrapped.base.weight
 
 
 def test_pfeiffer_does_not_take_attentions_output_for_the_mlps():

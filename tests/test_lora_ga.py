@@ -54,10 +54,23 @@ def test_one_gradient_at_a_time_is_alive():
     assert len(alive) == 5 and max(alive) <= 1
 
 
+def test_old_gradients_gradients_off_and_excluded_layers():
+    model = parity.network(torch.float64)
+    plan = plan_of(model)
+    for name in parity.LAYERS:
+        weight = model.get_submodule(name).weight
+        weight.grad = torch.ones_like(weight)
+    with torch.no_grad():
+        again = plan_of(model)
+    assert all(torch.equal(given.B, again[name].B) and given.B.any() for name, given in plan.items())
+    assert list(plan_of(model, exclude=parity.LAYERS[1:])) == parity.LAYERS[:1] != list(plan)
+
+
 @pytest.mark.parametrize("variant", ["authors", "peft"])
 def test_the_start_is_the_first_and_second_r_singular_vectors_of_the_gradient(variant):
     model = parity.network(torch.float64)
     plan, G = plan_of(model, variant=variant, gamma=9.0), gradients(model)
+    assert len(plan_of(model, rank=2, gamma=0.5)["0"].spectrum) == 8, "4 r values are sought"
     for name, given in plan.items():
         m, n = G[name].shape
         U, S, Vh = np.linalg.svd(G[name].numpy())
@@ -88,14 +101,14 @@ def test_the_same_samples_give_the_same_plan_whatever_the_seed_and_other_ones_an
 def test_wrong_use_is_refused_in_one_line_and_changes_nothing():
     model = parity.network()
     unused = nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.Linear(16, 4)})
-    nan = lambda m, b: loss_fn(m, b) * float("nan")  # noqa: E731
+    nan = lambda m, b: (m[0](b[0]) * torch.tensor([float("nan")] + 23 * [1.0])).sum()  # noqa: E731  # of one output
     for call, words in [
         (lambda: plan_of(model, variant="ours"), "variant 'ours' is not one of authors, peft"),
         (lambda: plan_of(model, gamma=0), "gamma 0 is not above 0"),
         (lambda: plan_of(model, rank=9), "rank 9 does not fit layer 0 (24, 16): allowed are 1 to 8"),
         (lambda: plan_of(model, rank=0), "rank 0 does not fit layer 0"),
-        (lambda: lora_ga.calibrate(model, ["0"], [], loss_fn), "the gradient of layer 0 on the 0 samples is zero"),
-        (lambda: lora_ga.calibrate(model, ["0"], batches(), nan), "the gradient of layer 0 on the 6 samples has NaN"),
+        (lambda: lora_ga.calibrate(model, ["0"], [], loss_fn), "the gradient of layer 0 on the 0 samples is zero: "),
+        (lambda: lora_ga.calibrate(model, ["0"], batches(), nan), "the gradient of layer 0 on the 6 samples has NaN or infinity"),
         (lambda: lora_ga.calibrate(unused, ["a", "b"], batches(), lambda m, b: m["a"](b[0]).sum(), rank=1),
          "the gradient of layer b on the 6 samples is zero"),
         (lambda: lora_ga.inject(model, ["0"], plan=plan_of(model)), "the plan is for other layers: 2"),

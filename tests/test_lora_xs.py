@@ -30,6 +30,7 @@ def test_the_outer_matrices_are_the_first_singular_directions_and_only_r_is_trai
     assert (layer.C.norm(dim=0) - torch.from_numpy(values[::-1][:3].copy()).sqrt()).abs().max() < 1e-13
     assert [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad] == [("0.R", (3, 3))]
     assert set(layer.state_dict()) == {"A", "C", "R", "base.weight", "base.bias"}
+    assert layer.A.is_contiguous() and layer.C.is_contiguous(), "row-major, as a loaded one is: products round as theirs"
 
 
 def test_forward_factors_and_merge_are_alpha_over_r_c_r_a():

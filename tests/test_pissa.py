@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from baselines import pissa
+from baselines import lora, pissa
 
 
 def made(dtype=torch.float64, m=20, n=12, rank=3, alpha=6.0, **options):
@@ -36,7 +36,7 @@ def test_it_starts_in_the_principal_part_of_w0_split_evenly(m, n):
 def test_the_randomised_svd_spans_the_same_where_the_spectrum_has_a_gap():
     torch.manual_seed(0)
     W = torch.linalg.qr(torch.randn(30, 30).double()).Q * (0.5 ** torch.arange(30.0))
-    (B, A), (B2, A2) = pissa.principal(W, 4, 2.0), pissa.principal(W, 4, 2.0, niter=16)
+    (B, A), (B2, A2) = pissa.principal(W, 8, 2.0), pissa.principal(W, 8, 2.0, niter=16)
     error = (B @ A - B2 @ A2).abs().max().item()
     print("randomised against exact", error, "of", (B @ A).abs().max().item())
     assert error < 1e-12 and not torch.equal(A, A2)
@@ -54,6 +54,25 @@ def test_the_output_at_the_start_is_untouched_to_the_bit_and_w0_stays(dtype):
     for training in (True, False):
         assert torch.equal(model.train(training)(x), original(x))
     assert torch.equal(model[0].base.weight, original.weight)
+
+
+@pytest.mark.parametrize("given", [torch.zeros(3, 12), torch.zeros(12, 3, dtype=torch.float64).T])
+def test_a_start_is_copied_row_major_in_the_types_of_lora(given):
+    model = nn.Sequential(nn.Linear(12, 12))
+    names = lora.inject(model, ["0"], rank=3)
+    pissa.begin(model, names, lambda name, plain: (given.T, given))
+    layer = model[0]
+    tensors = [layer.A, layer.B, layer.A0, layer.B0]
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in tensors)
+    assert len({t.data_ptr() for t in [given, *tensors]}) == 5, "each has numbers of its own"
+
+
+def test_a_start_taken_from_parameters_keeps_no_graph():
+    model = nn.Sequential(nn.Linear(12, 12))
+    pissa.begin(model, lora.inject(model, ["0"]), lambda name, plain: (plain.B, plain.A))
+    assert not model[0].A0.requires_grad and not model[0].B0.requires_grad and model[0].A.is_leaf
+    weight = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    assert pissa.wide(weight).dtype == torch.float32 and not pissa.wide(weight).requires_grad
 
 
 def test_the_update_against_the_original_w0_is_s_ba_minus_s_b0a0():
