@@ -61,7 +61,6 @@ class AdaLoRALinear(lora.LoRALinear):
         h = F.linear(h, (self.E * self.A).to(h.dtype))  # (..., r)
         return self.base(input) + F.linear(h, (self.scaling * self.B).to(h.dtype))  # (..., m)
 
-    @torch.no_grad()
     def observe(self) -> None:
         """Eqs. 8 to 10: I = |w dL/dw|, its average, and the average of its distance from that."""
         beta1, beta2 = self.settings["beta1"], self.settings["beta2"]
