@@ -41,6 +41,7 @@ def test_a_and_b_start_gaussian_of_deviation_0_02():
     for matrix in (model[0].A, model[0].B):
         assert abs(matrix.std().item() / 0.02 - 1) < 0.02 and abs(matrix.mean().item()) < 5e-4
         assert matrix.abs().max() > 0.06, "not uniform"
+    assert adalora.penalty(model) > 0, "of one layer too"
 
 
 def test_the_penalty_is_the_mean_of_norms_that_are_not_squared():
@@ -175,7 +176,8 @@ def test_nothing_is_masked_where_the_target_is_the_start():
 @pytest.mark.parametrize(
     "option,value,allowed",
     [("rank_target", 0, "1 to rank 4"), ("rank_target", 5, "1 to rank 4"), ("t_init", -1, "0 and up"),
-     ("t_final", -1, "0 and up"), ("mask_interval", 0, "1 and up"), ("beta1", 0.0, "between 0 and 1"), ("beta1", 1.0, "between 0 and 1"),
+     ("t_final", -1, "0 and up"), ("mask_interval", 0, "1 and up"), ("beta1", 0.0, "between 0 and 1"),
+     ("beta1", 1.0, "between 0 and 1"),
      ("beta2", 0.0, "between 0 and 1"), ("beta2", 1.0, "between 0 and 1"), ("orth", -0.1, "0 and up")],
 )  # fmt: skip
 def test_options_out_of_range_are_refused_in_one_line(option, value, allowed):

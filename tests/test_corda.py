@@ -117,11 +117,15 @@ def test_calibration_counts_samples_leaves_the_model_alone_and_works_in_eval_mod
     model[0].bias.requires_grad_(False)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     seen = []
-    plans = [
-        corda.calibrate(model, ["0", "2"], batches(6), lambda m, b: seen.append(m.training) or loss_fn(m, b), rank=2, samples=k)
-        for k in (3, 3, 6)
-    ]
+
+    def look(m, batch):
+        seen.append(m.training or any(p.requires_grad for p in m.parameters()))
+        return torch.rand(()) + loss_fn(m, batch)  # what it draws is given back
+
+    plans = [corda.calibrate(model, ["0", "2"], batches(6), look, rank=2, samples=k) for k in (3, 3, 6)]
     assert len(seen) == 12 and not any(seen)
+    assert not any(t.requires_grad for t in (plans[0]["2"].A, plans[0]["2"].B, plans[0]["2"].spectrum))
+    assert list(corda.calibrate(model, ["0", "2"], batches(6), look, exclude=["2"])) == ["0"]
     assert torch.equal(plans[0]["2"].B, plans[1]["2"].B) and not torch.equal(plans[0]["2"].B, plans[2]["2"].B)
     assert model.training and model[1].training and not model[0].bias.requires_grad and model[2].weight.requires_grad
     assert torch.equal(torch.get_rng_state(), random)
@@ -145,7 +149,7 @@ def test_a_layer_called_by_keyword_is_seen():
 
 def test_wrong_use_is_refused_in_one_line_and_changes_nothing():
     model = parity.network()
-    nan = [(torch.full((2, 16), float("nan")), torch.zeros(2, dtype=torch.long))]
+    nan = [(torch.tensor([[float("nan")] + 15 * [1.0]]), torch.zeros(1, dtype=torch.long))]  # one of sixteen
     unused = nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.Linear(16, 4)})
     run_a = lambda m, b: m["a"](b[0])  # noqa: E731
     for call, words in [
@@ -153,7 +157,7 @@ def test_wrong_use_is_refused_in_one_line_and_changes_nothing():
         (lambda: corda.calibrate(model, ["0"], batches(), loss_fn, rank=17),
          "rank 17 does not fit layer 0 (24, 16): allowed are 1 to 16"),
         (lambda: corda.calibrate(model, ["0"], nan, loss_fn), "layer 0 gets NaN or infinity as input"),
-        (lambda: corda.calibrate(model, ["0"], [], loss_fn), "layer 0 saw no input"),
+        (lambda: corda.calibrate(model, ["0"], [], loss_fn), "layer 0 saw no input but zeros on the samples: leave it out"),
         (lambda: corda.calibrate(unused, ["a", "b"], batches(), run_a, rank=2), "layer b saw no input"),
         (lambda: corda.inject(model, ["0"], plan=plan_of(model)), "the plan is for other layers: 2"),
         (lambda: corda.inject(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(24, 24)), ["0", "2"],
@@ -172,7 +176,7 @@ def test_without_a_plan_the_start_is_loras():
         method.inject(model, parity.LAYERS, rank=3)
     for name in parity.LAYERS:
         a, b = (model.get_submodule(name) for model in models)
-        assert torch.equal(a.A, b.A) and not b.B.any() and not b.B0.any()
+        assert torch.equal(a.A, b.A) and not b.B.any() and not b.B0.any() and not b.A0.requires_grad
 
 
 def test_describe_is_what_a_json_file_takes():
