@@ -80,7 +80,7 @@ def second_moments(
         for name, linear in linears.items()
     ]
     try:
-        with undisturbed(model), torch.no_grad():
+        with undisturbed(model):
             for _, batch in zip(range(samples), batches):
                 loss_fn(model, batch)
     finally:

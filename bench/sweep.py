@@ -167,11 +167,20 @@ def digest(*paths):
     return found.hexdigest()
 
 
+@functools.cache
+def imported(path):
+    """A method's file and, of a baseline, those that it builds on: baselines/lora.py and what else it imports of them."""
+    with open(os.path.join(ROOT, path), encoding="utf-8") as f:
+        lines = [node for node in ast.parse(f.read()).body if isinstance(node, ast.ImportFrom) and node.module == "baselines"]
+    names = [f"baselines/{alias.name}.py" for line in lines for alias in line.names]
+    more = ["baselines/lora.py"] * path.startswith("baselines/") + [file for name in names for file in imported(name)]
+    return list(dict.fromkeys([path, *more]))
+
+
 def fingerprint(run):
     """What the run's numbers depend on: base, tokenizer, the code of the rows, model, method and fast path, settings."""
     s = parse(["--method", run["method"], "--task", run["task"], *run["flags"]])
-    method = METHODS[s.method][0].replace(".", "/") + ".py"
-    files = ["model.py", "fast.py", method] + ["baselines/lora.py"] * method.startswith("baselines/")
+    files = ["model.py", "fast.py", *imported(METHODS[s.method][0].replace(".", "/") + ".py")]
     left_out = ("seed", "out", "base", "data", "backbone", "threads", "device", "no_figures", "eval_every", "save_every")
     default = vars(Settings())  # a flag that is added later changes nothing where it is not given
     settings = {key: value for key, value in vars(s).items() if value != default[key] and key not in left_out}
@@ -207,6 +216,12 @@ def carry_out(run, places=()):
     return {**run, "fingerprint": fingerprint(run), "trained": last.get("trained"), "dev": scores[-1] if scores else None,
             "test": test, "curve": scores, "seconds": round(time.perf_counter() - begun, 1), "hardware": hardware,
             "torch": torch.__version__}  # fmt: skip
+
+
+def places(backbone, glue, task):
+    """The flags for a checkpoint and for a task's folder among GLUE's."""
+    folders = {"cola": "CoLA", "sst2": "SST-2", "rte": "RTE", "mrpc": "MRPC", "stsb": "STS-B"}
+    return ["--backbone", backbone, "--data", os.path.join(glue, folders[task])]
 
 
 def prepare():
@@ -361,6 +376,8 @@ best rate. Half decades on seeds 100 and 101 until the best is inside the grid, 
 
 ![learning curves](curves.png)
 
+What twenty steps say of a method's best rate, before any training: [trial.md](trial.md).
+
 ## Other flags
 
 `python bench/sweep.py rates --methods METHOD --flags ...`: the same with TLoRA+'s ratio, TriAdaptLoRA's alpha and the like.
@@ -485,12 +502,8 @@ def main():
     args.methods = args.methods or (["lora"] if args.study == "head" else list(METHODS))
     args.tasks = args.tasks or (["cola", "sst2"] if args.study == "encoder" else TASKS)
     args.tasks = ALL_TASKS if args.tasks == ["all"] else args.tasks
-    folders = {"cola": "CoLA", "sst2": "SST-2", "rte": "RTE", "mrpc": "MRPC", "stsb": "STS-B"}
-
-    def places(task):
-        return ["--backbone", args.backbone, "--data", os.path.join(args.data, folders[task])] if args.study == "encoder" else []
-
-    args.places, args.plan = places, lambda rows: plan(rows, args)
+    args.places = lambda task: places(args.backbone, args.data, task) if args.study == "encoder" else []
+    args.plan = lambda rows: plan(rows, args)
     work(args)
 
 

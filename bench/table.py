@@ -89,9 +89,9 @@ def totals(rows):
 
 def summary(rows):
     """The README's table: per method the mean of the nine tasks, `math`, and the numbers trained on cola."""
-    lines = ["| method | nine tasks | math | trained |", "|---|--:|--:|--:|"]
+    lines = ["|method|nine tasks|math|trained|", "|---|--:|--:|--:|"]
     for method, (nine, trained) in totals(rows).items():
-        lines.append(f"| {method} | {cell(nine)} | {cell(scores(rows, method, 'math'))} | {trained:,} |")
+        lines.append(f"|{method}|{cell(nine)}|{cell(scores(rows, method, 'math'))}|{trained:,}|")
     return "\n".join(lines)
 
 

@@ -109,6 +109,9 @@ def test_an_input_is_divided_by_its_largest_entry_if_there_is_a_positive_one():
     assert moments["both"] == [[1.0, -2.0], [-2.0, 4.0]]  # by 2
     assert moments["negative"] == [[1.0, 2.0], [2.0, 4.0]]  # by |-2|
     assert moments["none"] == [[0.0, 0.0], [0.0, 16.0]]  # not by 0
+    with torch.autocast("cpu", torch.bfloat16):
+        C = corda.second_moments(model.float(), linears, [torch.tensor([[3.0, 1.0]])], lambda m, x: m(x), 1)["0"]
+    assert C.dtype == torch.float32 and abs(C[0, 1].item() - 1 / 3) < 1e-7, "not in bfloat16"
 
 
 def test_calibration_counts_samples_leaves_the_model_alone_and_works_in_eval_mode():
