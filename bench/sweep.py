@@ -376,7 +376,7 @@ best rate. Half decades on seeds 100 and 101 until the best is inside the grid, 
 
 ![learning curves](curves.png)
 
-What twenty steps say of a method's best rate, before any training: [trial.md](trial.md).
+What twenty steps say of a method's best rate if LoRA's is known: [trial.md](trial.md).
 
 ## Other flags
 

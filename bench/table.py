@@ -142,7 +142,7 @@ def picture(rows):
     import matplotlib.pyplot as plt
 
     methods = [method for method in METHODS if method != "lora" and any(row["name"] == method for row in rows)]
-    figure, panels = plt.subplots(2, 5, figsize=(13, 5), sharey=True)
+    figure, panels = plt.subplots(2, 5, figsize=(13, 2 + 0.36 * len(methods)), sharey=True)
     for ax, task in zip(panels.flat, TASKS):
         yard = scores(rows, "lora", task)
         middle, spread = statistics.mean(yard), statistics.stdev(yard)
@@ -159,8 +159,8 @@ def picture(rows):
         ax.set_xlim(-22, 12)
     panels[0, 0].set_yticks(range(len(methods)), methods)
     panels[0, 0].invert_yaxis()
-    title = "LoRA of rank 8 is ahead of the other low-rank methods or level: points from LoRA, mean and standard deviation\n"
-    figure.suptitle(title + "of 3 seeds (grey: LoRA's own standard deviation; an arrow: more than 20 points behind)", fontsize=11)
+    title = f"Points from LoRA of rank 8, mean and standard deviation of {len(SEEDS)} seeds"
+    figure.suptitle(f"{title} (grey: LoRA's own standard deviation; an arrow: more than 20 points behind)", fontsize=11)
     figure.tight_layout()
     figure.savefig(os.path.join(ROOT, "docs", "results.png"), dpi=90)
     plt.close(figure)

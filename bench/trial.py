@@ -1,20 +1,20 @@
-"""A learning rate before any training: what twenty steps tell of it.
+"""From LoRA's best rate to another method's: what twenty steps tell.
 
     python bench/trial.py                                   # each method and task that has no row yet, minutes in all
-    python bench/trial.py --methods lora --tasks cola
+    python bench/trial.py --methods lora dora --tasks cola
     python bench/trial.py --tasks cola --backbone DIR --data GLUE     # on a real encoder, with real files
     python bench/trial.py --write                           # docs/trial.md, from the rows of bench/trial.jsonl alone
 
 Twenty steps of AdamW at a constant rate, from the same start for each half decade, the task head left as it was drawn. How
-far have the features moved that the head reads (for a language model: the logits), as a share of their size? The rule: the
-largest half decade at which they have moved by less than half. It looks at no label but those of the twenty batches, and
-at no score.
+far have the features moved that the head reads (for a language model: the logits), as a share of their size? The rule: a
+method's rate is the half decade that moves them as far as LoRA's best rate on that task does.
 """
 
 import argparse
 import json
 import math
 import os
+import statistics
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -32,7 +32,7 @@ from harness.settings import parse  # noqa: E402
 from train import groups_of  # noqa: E402
 
 ROWS, PAGE = os.path.join(ROOT, "bench", "trial.jsonl"), os.path.join(ROOT, "docs", "trial.md")
-STEPS, HELD, HALF = 20, 4, 0.5  # batches trained on, batches looked at, the rule's share
+STEPS, HELD = 20, 4  # batches trained on, batches looked at
 GRID = range(-16, -3, 2)  # 1e-4 to 1e-1 in quarter decades, every second
 ADAPTERS = [name for name in METHODS if name not in ("full", "bitfit", "head")]
 
@@ -81,11 +81,9 @@ def moved(run, lr):
     return size([b - a for a, b in zip(before, after, strict=True)]) / size(before)
 
 
-def chosen(shares):
-    """The rule's k of {k: share}: the largest below the first share of a half or more; the lowest k if there is none."""
-    ks = sorted(shares)
-    beyond = next((i for i, k in enumerate(ks) if not shares[k] < HALF), len(ks))
-    return ks[max(beyond - 1, 0)]
+def chosen(shares, target):
+    """The k of {k: share} whose share is nearest to the target, in proportion; the lowest of those that are level."""
+    return min(sorted(shares), key=lambda k: abs(math.log(max(shares[k], 1e-9) / target)))
 
 
 def carry_out(method, task, places):
@@ -102,24 +100,33 @@ def carry_out(method, task, places):
 
 
 def pairs(rows):
-    """[(row, {k: mean score}, best k)] of the rows whose rate was searched for as well, in the sweep's rows of today's code."""
-    found, scored = sweep.valid(sweep.read(sweep.ROWS)), []
+    """[(row, its score at each k, the best k, the rule's k)]: the rows with a search of today's code, LoRA's among them.
+
+    Scores are those of seed 100, with which all rates were looked at.
+    """
+    today, searched = sweep.valid(sweep.read(sweep.ROWS)), {}
     for row in rows:
-        tried = sweep.table(found, row["study"], [] if row["study"] == "rates" else None).get((row["method"], row["task"]), {})
-        seeds = {k: [value for (other, seed), value in tried.items() if (other, seed) == (k, 100)] for k, _ in tried}
-        scores = {k: value for k, [value] in ((k, v) for k, v in seeds.items() if v)}
+        tried = sweep.table(today, row["study"], [] if row["study"] == "rates" else None).get((row["method"], row["task"]), {})
+        scores = {k: value for (k, seed), value in tried.items() if seed == 100}
         if len(scores) > 2:
-            scored.append((row, scores, max(scores, key=scores.get)))
-    return scored
+            searched[row["study"], row["task"], row["method"]] = row, scores, max(scores, key=scores.get)
+    found = []
+    for (study, task, _), (row, scores, best) in searched.items():
+        if (study, task, "lora") in searched:
+            yard, _, k = searched[study, task, "lora"]
+            found.append((row, scores, best, chosen(row["moved"], yard["moved"][k])))
+    return found
 
 
-def table(rows):
-    lines = ["| method | task | moved by, at 1e-4, 3.16e-4, .. 1e-1 | the rule's rate | the best of the sweep | points lost |",
-             "|---|---|---|--:|--:|--:|"]  # fmt: skip
-    for row, scores, best in pairs(rows):
-        k, shares = chosen(row["moved"]), ", ".join(f"{share:.2g}" for share in row["moved"].values())
-        lost = f"{scores[best] - scores[k]:.1f}" if k in scores else "not tried"
-        lines.append(f"| {row['method']} | {row['task']} | {shares} | {sweep.rate(k):g} | {sweep.rate(best):g} | {lost} |")
+def table(found):
+    lines = ["| task | method | moved at 1e-4, 3.16e-4, .. 1e-1 | at its best | the rule's rate | its best rate | points lost |",
+             "|---|---|---|--:|--:|--:|--:|"]  # fmt: skip
+    for row, scores, best, k in found:
+        shares, lost = ", ".join(f"{share:.2g}" for share in row["moved"].values()), "–"
+        if row["method"] != "lora":
+            lost = f"{scores[best] - scores[k]:.1f}" if k in scores else "not tried"
+        lines.append(f"| {row['task']} | {row['method']} | {shares} | {row['moved'][best]:.2f} | {sweep.rate(k):g} "
+                     f"| {sweep.rate(best):g} | {lost} |")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -130,28 +137,35 @@ def read():
 
 def text():
     """docs/trial.md."""
-    rows = read()
-    judged = pairs(rows)
-    steps = [(chosen(row["moved"]) - best) // 2 for row, _, best in judged]
-    lost = [scores[best] - scores[chosen(row["moved"])] for row, scores, best in judged if chosen(row["moved"]) in scores]
-    bests = sorted(best for *_, best in judged)
-    counts = ", ".join(f"{steps.count(n)} {words}" for n, words in [
-        (0, "the same half decade"), (-1, "one lower"), (1, "one higher")] if n in steps)  # fmt: skip
-    far = sum(abs(n) > 1 for n in steps)
-    return f"""# A learning rate from twenty steps
+    every = pairs(read())
+    judged = [entry for entry in every if entry[0]["method"] != "lora"]
+    steps = [(k - best) // 2 for *_, best, k in judged]
+    same = [(best - sweep.start("lora")) // 2 for *_, best, _ in judged]
+    lost = sorted(((scores[best] - scores[k], f"{row['method']} on {row['task']}")
+                   for row, scores, best, k in judged if k in scores), reverse=True)  # fmt: skip
+    shares = {task: sorted(row["moved"][best] for row, _, best, _ in every if row["task"] == task) for task in sweep.TASKS}
+    usual = [f"{task} {statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})" for task, found in shares.items()]
+    bests = [sweep.rate(best) for *_, best, _ in judged]
+    near = lambda found, far: sum(abs(n) <= far for n in found)  # noqa: E731
+    return f"""# From LoRA's best rate to another method's
 
-Made by `python bench/trial.py --write` from the rows of `bench/trial.jsonl` and of the sweep ([rates.md](rates.md)).
+Made by `python bench/trial.py --write` from the rows of `bench/trial.jsonl` and of the sweep ([rates.md](rates.md)), seed 100.
 
 Twenty steps of AdamW at a constant rate, from the same start for each half decade between 1e-4 and 1e-1, the task head left as
-it was drawn. How far have the features moved that the head reads (`math`: the logits), as a share of their size? **The rule: the
-largest half decade at which they have moved by less than half.** It takes {STEPS * len(GRID)} steps and no development score.
+it was drawn. How far have the features moved that the head reads (`math`: the logits), as a share of their size? **The rule: a
+method's rate is the half decade that moves them as far as LoRA's best rate on that task does.** It takes
+{STEPS * len(GRID)} steps of each method and no score but LoRA's.
 
-Against the sweep's best half decade (seed 100), which lies between {sweep.rate(bests[0]):g} and {sweep.rate(bests[-1]):g}: of
-{len(judged)} pairs of method and task {counts}, {far} farther off. At the rule's rate a run ends
-{sum(lost) / len(lost):.1f} points below the best of the sweep in the mean, {max(lost):.1f} at most ({len(lost)} pairs where
-that rate was tried).
+At the best rate, which is between {min(bests):g} and {max(bests):g}, that share is more the task's than the method's; median
+and range: {", ".join(usual)}.
 
-{table(rows)}
+Of {len(judged)} pairs of method and task the rule gives the sweep's best half decade in {near(steps, 0)}, a neighbour in
+{near(steps, 1) - near(steps, 0)}, and is farther off in {len(steps) - near(steps, 1)}. LoRA's default rate for all would
+be the best half decade in {near(same, 0)}, a neighbour in {near(same, 1) - near(same, 0)}. At the rule's rate a run ends
+{statistics.median(points for points, _ in lost):.1f} points below the method's best in the median
+({len(lost)} pairs where that rate was tried); the worst are {", ".join(f"{pair} ({points:.1f})" for points, pair in lost[:4])}.
+
+{table(every)}
 """
 
 
@@ -176,7 +190,7 @@ def main():
             row = carry_out(method, task, places)
             with open(ROWS, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
-            print(f"{task:6s} {method:11s} {sweep.rate(chosen(row['moved'])):g}  {row['moved']}", flush=True)
+            print(f"{task:6s} {method:11s} {row['moved']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ from harness.run import Run  # noqa: E402
 from harness.settings import parse  # noqa: E402
 
 
-def test_the_rule_takes_the_largest_rate_below_the_first_that_moves_by_half():
-    assert trial.chosen({-14: 0.1, -12: 0.49, -10: 0.5, -8: 0.2}) == -12  # what comes after a rate too large is no better
-    assert trial.chosen({-14: 0.6, -12: 0.1}) == -14
-    assert trial.chosen({-12: 0.2, -14: 0.1}) == -12
-    assert trial.chosen({-14: 0.1, -12: float("nan"), -10: 0.1}) == -14
+def test_the_rule_takes_the_rate_that_moves_as_far_in_proportion():
+    shares = {-14: 0.1, -12: 0.2, -10: 0.9}
+    assert [trial.chosen(shares, target) for target in (0.01, 0.14, 0.15, 0.42, 0.43, 5.0)] == [-14, -14, -12, -12, -10, -10]
+    assert trial.chosen({-10: 1.0, -12: 1.0}, 1.0) == -12 and trial.chosen({-12: 0.0, -10: 0.1}, 1e-3) == -10
 
 
 def test_sizes_weigh_every_entry_alike():
