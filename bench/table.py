@@ -198,7 +198,8 @@ def name_points(ax, points, colour):
             places.append((clash, len(places), box))
         *_, box = min(places)
         taken.append(box)
-        ax.annotate(name, box[:2], xycoords="figure pixels", fontsize=9, color=colour(name))
+        line = {"arrowstyle": "-", "color": colour(name), "linewidth": 0.5}  # from the point to its name
+        ax.annotate(name, point, box[:2], textcoords="figure pixels", fontsize=9, color=colour(name), arrowprops=line)
 
 
 def pareto(rows):
@@ -242,7 +243,8 @@ def write(rows):
                 f"development metric after the last epoch, in points of 100. {caption(rows)}\n\n{table(rows)}\n\n"
                 "![what a score costs](../docs/pareto.png)\n\n"
                 f"What the tasks and bases were made to show (targets for them, not for a method):\n\n{verdicts(rows)}\n\n"
-                f"Seconds of one run on one thread, with another run beside it.\n\n{costs(rows)}\n")  # fmt: skip
+                "Seconds of one run on one thread, with one to three others beside it: no comparison of methods, which is "
+                f"[speed-cpu.md](speed-cpu.md).\n\n{costs(rows)}\n")  # fmt: skip
     path = os.path.join(ROOT, "README.md")
     with open(path) as f:
         readme = f.read()

@@ -60,7 +60,7 @@ def features(run, batches):
 
 
 def moved(run, lr):
-    """The share by which STEPS steps at `lr` move the features of an adapted run, which is left as it was found."""
+    """The share by which STEPS steps at `lr` move the features of an adapted run, whose model is left as it was."""
     start = {key: value.clone() for key, value in run.model.state_dict().items()}
     rows = data.batches(run.train_features, run.task, run.settings.batch_size, run.tokenizer.pad_id, shuffle_seed=0)
     batches = [{key: value for key, value in to_device(next(rows), run.device).items() if key != "index"}
@@ -100,7 +100,7 @@ def carry_out(method, task, places):
 
 
 def pairs(rows):
-    """[(row, its score at each k, the best k, the rule's k)]: the rows with a search of today's code, LoRA's among them.
+    """[(row, its score at each k, the best k, the rule's k)]: the rows whose task has a search with LoRA too.
 
     Scores are those of seed 100, with which all rates were looked at.
     """
@@ -131,8 +131,8 @@ def table(found):
 
 
 def read():
-    """The rows, their k as numbers again."""
-    return [{**row, "moved": {int(k): share for k, share in row["moved"].items()}} for row in sweep.read(ROWS)]
+    """The rows of today's code, their k as numbers again."""
+    return [{**row, "moved": {int(k): share for k, share in row["moved"].items()}} for row in sweep.valid(sweep.read(ROWS))]
 
 
 def text():
@@ -146,6 +146,7 @@ def text():
     shares = {task: sorted(row["moved"][best] for row, _, best, _ in every if row["task"] == task) for task in sweep.TASKS}
     usual = [f"{task} {statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})" for task, found in shares.items()]
     bests = [sweep.rate(best) for *_, best, _ in judged]
+    edges = sum(best in (min(scores), max(scores)) for _, scores, best, _ in every)
     near = lambda found, far: sum(abs(n) <= far for n in found)  # noqa: E731
     return f"""# From LoRA's best rate to another method's
 
@@ -164,6 +165,7 @@ Of {len(judged)} pairs of method and task the rule gives the sweep's best half d
 be the best half decade in {near(same, 0)}, a neighbour in {near(same, 1) - near(same, 0)}. At the rule's rate a run ends
 {statistics.median(points for points, _ in lost):.1f} points below the method's best in the median
 ({len(lost)} pairs where that rate was tried); the worst are {", ".join(f"{pair} ({points:.1f})" for points, pair in lost[:4])}.
+The sweep is not finished: {edges} of the {len(every)} best rates are the last that was tried, and all rest on one seed.
 
 {table(every)}
 """
@@ -184,7 +186,7 @@ def main():
     for task in args.tasks:
         for method in args.methods:
             places = sweep.places(args.backbone, args.data, task) if args.backbone else []
-            have = {(row["study"], row["method"], row["task"]) for row in sweep.valid(read())}
+            have = {(row["study"], row["method"], row["task"]) for row in read()}
             if ("encoder" if places else "rates", method, task) in have:
                 continue
             row = carry_out(method, task, places)

@@ -148,7 +148,7 @@ def test_the_output_projections_are_known_by_the_names_of_each_family(names):
     attention, mlp = names.split()
     for method, expected in ((houlsby, {attention, mlp}), (pfeiffer, {mlp})):
         model = nn.Module()
-        for name in (*expected, attention, mlp, "layers.0.fc1", "embed"):
+        for name in (attention, mlp, "layers.0.fc1", "embed"):
             place = model
             for part in name.split(".")[:-1]:
                 place.register_module(part, getattr(place, part, nn.Module()))
