@@ -324,24 +324,25 @@ def compare(run: Run) -> dict[str, torch.Tensor]:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     settings = parse(argv, description=__doc__.split("\n\n")[0])
-    try:
-        parallel.start()
-        with Stop(deaf=not parallel.first()) as stop:
-            fine_tune(settings, "python train.py " + shlex.join(argv), stop)
-    except (FloatingPointError, parallel.Ended) as e:
-        if parallel.first():
-            print(f"train.py: {e}: stopped; {folder.kept(settings.out)}", file=sys.stderr)
-        return 1
-    except Stopped as e:
-        print(f"train.py: stopped; {folder.kept(settings.out)}", file=sys.stderr)
-        return e.code
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"train.py: standard output was closed: stopped; {folder.kept(settings.out)}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as e:
-        print(f"train.py: error: {in_words(e)}", file=sys.stderr)
-        return 2
+    with Stop() as stop:
+        try:
+            with stop.once_left():
+                parallel.start()
+                fine_tune(settings, "python train.py " + shlex.join(argv), stop)
+        except (FloatingPointError, parallel.Ended) as e:
+            if parallel.first():
+                print(f"train.py: {e}: stopped; {folder.kept(settings.out)}", file=sys.stderr)
+            return 1
+        except Stopped as e:
+            print(f"train.py: stopped; {folder.kept(settings.out)}", file=sys.stderr)
+            return e.code
+        except BrokenPipeError:  # | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"train.py: standard output was closed: stopped; {folder.kept(settings.out)}", file=sys.stderr)
+            return 1
+        except (ValueError, OSError) as e:
+            print(f"train.py: error: {in_words(e)}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -5,6 +5,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from harness import parallel
+
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # schedulers send SIGTERM; shells know 128 + the signal's number
 
 
@@ -18,15 +20,15 @@ class Stopped(BaseException):
 class Stop:
     """Turns the first SIGINT or SIGTERM into `Stopped`: at once, or, where it would leave half a step, at the end of it.
 
-    `deaf` ignores them: of several processes the first stops, and the others with it.
+    Of several processes the first stops, and the others with it.
     """
 
-    def __init__(self, deaf=False):
-        self.code, self.waiting, self.handler = None, False, signal.SIG_IGN if deaf else self.asked
+    def __init__(self):
+        self.code, self.waiting = None, False
 
     def __enter__(self):
         here = threading.current_thread() is threading.main_thread()  # elsewhere Python sets no handlers
-        self.before = {number: signal.signal(number, self.handler) for number in SIGNALS} if here else {}
+        self.before = {number: signal.signal(number, self.asked) for number in SIGNALS} if here else {}
         return self
 
     def __exit__(self, *_):
@@ -34,6 +36,8 @@ class Stop:
             signal.signal(number, handler)
 
     def asked(self, number: int, frame) -> None:
+        if not parallel.first():
+            return
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)  # the second ends the process
         self.code = SIGNALS[number]  # type: ignore[index]
@@ -48,3 +52,11 @@ class Stop:
         self.waiting = False
         if self.code:
             raise Stopped(self.code)
+
+    @contextlib.contextmanager
+    def once_left(self) -> Iterator[None]:
+        """What comes after it is how the run ends and what it says last: no first signal cuts that off."""
+        try:
+            yield
+        finally:
+            self.waiting = True

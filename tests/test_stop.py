@@ -78,3 +78,20 @@ def test_a_signal_within_a_step_saves_that_step(csv, tmp_path, capsys, monkeypat
     assert go(csv, tmp_path / "run", "--method", "lora", "--save-every", "1000")[0] == 143
     assert "keeps the state after step 3, the same command with --resume goes on from it" in capsys.readouterr().err
     assert folder.load_state(tmp_path / "run")[2]["step"] == 3
+
+
+def test_a_signal_does_not_cut_off_the_last_words(csv, tmp_path, capsys, monkeypatch):
+    """torchrun sends SIGTERM to the first process while that says that another has ended."""
+
+    def fails(*_):
+        raise FloatingPointError("the loss is nan")
+
+    kept, asked = folder.kept, []
+    monkeypatch.setattr(train, "backward", fails)
+    monkeypatch.setattr(folder, "kept", lambda out: asked.append(os.kill(os.getpid(), signal.SIGTERM)) or kept(out))
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append("too early"))  # what a signal would meet without
+    try:
+        assert go(csv, tmp_path / "run", "--method", "lora")[0] == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert asked == [None] and capsys.readouterr().err == "train.py: the loss is nan: stopped; nothing was saved yet\n"
