@@ -20,9 +20,9 @@ from typing import Literal
 
 import torch
 
-from baselines import corda, lora, pissa
+from baselines import lora, pissa, start
 
-param_groups, merge, describe = lora.param_groups, lora.merge, corda.describe
+param_groups, merge, describe = lora.param_groups, lora.merge, start.describe
 
 
 def mean_gradients(
@@ -41,7 +41,7 @@ def mean_gradients(
 
     hooks, count = [], 0
     try:
-        with corda.undisturbed(model), torch.enable_grad():
+        with start.undisturbed(model), torch.enable_grad():
             for name, linear in linears.items():
                 weight = linear.weight.requires_grad_(True)
                 weight.grad = None
@@ -71,8 +71,8 @@ def calibrate(
     model: torch.nn.Module, targets: Sequence[str], batches: Iterable, loss_fn: Callable[..., torch.Tensor], *,
     rank: int = 8, samples: int = 128, gamma: float = 16.0, variant: Literal["authors", "peft"] = "authors",
     progress=iter, **walk,
-) -> dict[str, corda.Start]:  # fmt: skip
-    """Look at gradients, return the plan {layer name: corda.Start} for `inject`. `batches` yields batches,
+) -> dict[str, start.Start]:  # fmt: skip
+    """Look at gradients, return the plan {layer name: Start} for `inject`. `batches` yields batches,
     loss_fn(model, batch) gives the scalar loss, `progress` is tqdm for a bar over layers. ValueError as inject's, and
     where a gradient is zero or not finite.
 
@@ -87,10 +87,10 @@ def calibrate(
     if not gamma > 0:
         raise ValueError(f"gamma {gamma} is not above 0")
     linears = lora.find_linears(model, targets, **walk)
-    corda.check_rank(linears, rank, share=2)
+    start.check_rank(linears, rank, share=2)
     gradients = mean_gradients(model, linears, batches, loss_fn, samples)
     with torch.random.fork_rng(devices=[]):
-        return {name: corda.Start(*approximated(gradients[name], rank, gamma, variant)) for name in progress(list(linears))}
+        return {name: start.Start(*approximated(gradients[name], rank, gamma, variant)) for name in progress(list(linears))}
 
 
 def inject(
@@ -103,5 +103,5 @@ def inject(
         alpha: the trained part is scaled by alpha / rank
         dropout: dropout on the adapter's input
     """
-    return corda.follow(plan, model, targets, lambda given, s: (given.B, given.A),
+    return start.follow(plan, model, targets, lambda given, s: (given.B, given.A),
                         rank=rank, alpha=alpha, dropout=dropout, **walk)  # fmt: skip

@@ -64,6 +64,7 @@ FILES = {
     "triadapt.py": ["tests/test_triadapt.py", *METHODS],
     "baselines/lora.py": ["tests/test_lora.py", *METHODS],
     **{f"baselines/{name}.py": [f"tests/test_{name}.py", *OF_BASELINES] for name in BASELINES},
+    "baselines/start.py": ["tests/test_corda.py", "tests/test_lora_ga.py", *OF_BASELINES],
     "baselines/pfeiffer.py": ["tests/test_houlsby.py", *OF_BASELINES],
     "model.py": ["tests/test_model.py"],
     "data.py": ["tests/test_data.py"],

@@ -97,6 +97,8 @@ def test_the_damping_doubles_until_the_inverse_is_one_in_floats():
     damp = (D - flat).diagonal().mean() / flat.diagonal().mean()
     print("damping after two doublings", damp.item())
     assert abs(damp.item() - 0.04) < 1e-5 and len(scripted) == 3 and torch.dist(D @ inverse, torch.eye(64)) < 0.05
+    with pytest.raises(ValueError, match="a second moment of the inputs cannot be inverted"):
+        corda.damped(torch.full((2, 2), torch.nan))  # and does not try for ever
 
 
 def test_an_input_is_divided_by_its_largest_entry_if_there_is_a_positive_one():
@@ -153,6 +155,7 @@ def test_a_layer_called_by_keyword_is_seen():
 def test_wrong_use_is_refused_in_one_line_and_changes_nothing():
     model = parity.network()
     nan = [(torch.tensor([[float("nan")] + 15 * [1.0]]), torch.zeros(1, dtype=torch.long))]  # one of sixteen
+    huge = [(torch.tensor([[1e-30] + 15 * [-1.0]]), torch.zeros(1, dtype=torch.long))]  # divided by its largest entry
     unused = nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.Linear(16, 4)})
     run_a = lambda m, b: m["a"](b[0])  # noqa: E731
     for call, words in [
@@ -160,6 +163,7 @@ def test_wrong_use_is_refused_in_one_line_and_changes_nothing():
         (lambda: corda.calibrate(model, ["0"], batches(), loss_fn, rank=17),
          "rank 17 does not fit layer 0 (24, 16): allowed are 1 to 16"),
         (lambda: corda.calibrate(model, ["0"], nan, loss_fn), "layer 0 gets NaN or infinity as input"),
+        (lambda: corda.calibrate(model, ["0"], huge, loss_fn), "or what overflows when it is squared"),
         (lambda: corda.calibrate(model, ["0"], [], loss_fn), "layer 0 saw no input but zeros on the samples: leave it out"),
         (lambda: corda.calibrate(unused, ["a", "b"], batches(), run_a, rank=2), "layer b saw no input"),
         (lambda: corda.inject(model, ["0"], plan=plan_of(model)), "the plan is for other layers: 2"),

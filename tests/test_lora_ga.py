@@ -10,7 +10,7 @@ import torch.nn as nn
 from test_corda import batches, loss_fn
 from test_pissa import same_from_the_start
 
-from baselines import corda, lora_ga, pissa
+from baselines import lora_ga, pissa, start
 
 
 def plan_of(model, samples=6, **options):
@@ -86,7 +86,7 @@ def test_the_start_is_the_first_and_second_r_singular_vectors_of_the_gradient(va
             b = B[:, i] * np.sign(B[:, i] @ U[:, 4 + i])
             assert np.abs(b - length * U[:, 4 + i]).max() < 1e-6 * scale
         assert (given.spectrum[:4] - torch.from_numpy(S[:4])).abs().max() < 1e-10
-    assert corda.describe is lora_ga.describe
+    assert start.describe is lora_ga.describe
 
 
 def test_the_same_samples_give_the_same_plan_whatever_the_seed_and_other_ones_another():

@@ -56,7 +56,7 @@ def test_a_fingerprint_follows_what_the_numbers_depend_on_and_nothing_else(monke
     others = [mark("--lr", "0.02"), mark("--lr", "0.01", "--no-fast"), mark("--lr", "0.01", task="sst2"), mark(method="tlora"),
               mark("--lr", "0.01", study="encoder")]  # fmt: skip
     assert len({first, *others}) == 6
-    assert sweep.imported("baselines/corda.py") == [f"baselines/{name}.py" for name in ("corda", "lora", "pissa")]
+    assert sweep.imported("baselines/corda.py") == [f"baselines/{name}.py" for name in ("corda", "lora", "pissa", "start")]
     assert sweep.imported("tlora.py") == ["tlora.py"] and "baselines/houlsby.py" in sweep.imported("baselines/pfeiffer.py")
     whole = sweep.code
     monkeypatch.setattr(sweep, "code", lambda path: whole(path) + "x" * (path == "model.py"))
