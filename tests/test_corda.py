@@ -130,12 +130,13 @@ def test_calibration_counts_samples_leaves_the_model_alone_and_works_in_eval_mod
     plans = [corda.calibrate(model, ["0", "2"], batches(6), look, rank=2, samples=k) for k in (3, 3, 6)]
     assert len(seen) == 12 and not any(seen)
     assert not any(t.requires_grad for t in (plans[0]["2"].A, plans[0]["2"].B, plans[0]["2"].spectrum))
-    assert list(corda.calibrate(model, ["0", "2"], batches(6), look, exclude=["2"])) == ["0"]
+    part = corda.calibrate(model, ["0", "2"], batches(6), look, exclude=["2"])
     assert torch.equal(plans[0]["2"].B, plans[1]["2"].B) and not torch.equal(plans[0]["2"].B, plans[2]["2"].B)
     assert model.training and model[1].training and not model[0].bias.requires_grad and model[2].weight.requires_grad
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
     assert not any(m._forward_pre_hooks for m in model.modules())
+    assert list(part) == corda.inject(model, ["0", "2"], plan=part, exclude=["2"]) == ["0"]
 
 
 def test_a_layer_called_by_keyword_is_seen():
