@@ -220,6 +220,11 @@ def test_growth_stops_at_the_budget_the_layers_size_and_before_the_last_step():
             assert event["budget"] == max(0, 8 - sum(ranks[-1]))
     print(ranks)
     assert sum(ranks[-1]) >= 8 and ranks[-1] == ranks[-2]
+    model = made(model=nn.Sequential(nn.Linear(3, 9), nn.Tanh(), nn.Linear(9, 9)), rank_target=4, interval=1, t0=1)
+    optimizer = parity.adamw(increlora.param_groups(model, 1e-2, 0.0))
+    model[0].smoothed.fill_(1.0)  # the highest score, of a layer that has three directions
+    events = [increlora.after_step(model, optimizer, step, 9) for step in (1, 1, 2, 3)]
+    assert events[:2] == [None, None] and [event["grown"] for event in events[2:]] == [{"0": 3}, {"2": 3}]
     model = made(interval=5, t0=0)
     optimizer = parity.adamw(increlora.param_groups(model, 1e-2, 0.0))
     run(model, optimizer, (1, 5), total=5)
