@@ -102,12 +102,12 @@ def carry_out(method, task, places):
 def pairs(rows):
     """[(row, its score at each k, the best k, the rule's k)]: the rows whose task has a search with LoRA too.
 
-    Scores are those of seed 100, with which all rates were looked at.
+    Scores are those of seed 100, with which all half decades were looked at.
     """
     today, searched = sweep.valid(sweep.read(sweep.ROWS)), {}
     for row in rows:
         tried = sweep.table(today, row["study"], [] if row["study"] == "rates" else None).get((row["method"], row["task"]), {})
-        scores = {k: value for (k, seed), value in tried.items() if seed == 100}
+        scores = {k: value for (k, seed), value in tried.items() if seed == 100 and k in row["moved"]}
         if len(scores) > 2:
             searched[row["study"], row["task"], row["method"]] = row, scores, max(scores, key=scores.get)
     found = []
