@@ -92,12 +92,16 @@ def asked(scores, first, study="rates", lowest=-24, highest=0):
 
 
 def best(scores):
-    """(k, mean, seeds) of the best rate: of those with the most seeds, and the middle one of the best if several are level."""
-    seeds = {k: [score for (other, _), score in scores.items() if other == k] for k, _ in scores}
-    most = max(map(len, seeds.values()))
-    means = {k: statistics.mean(found) for k, found in seeds.items() if len(found) == most}
+    """(k, mean, seeds) of the best rate: of those with all three seeds once some have them, till then of all, by the seeds
+    that they share. The middle one of the best if several are level."""
+    seeds = {k: {seed for other, seed in scores if other == k} for k, _ in scores}
+    whole = [k for k in seeds if len(seeds[k]) == len(SEEDS["rates"][1])]
+    fair = whole if len(whole) > 1 else list(seeds)
+    shared = set.intersection(*(seeds[k] for k in fair))
+    means = {k: statistics.mean(scores[k, seed] for seed in shared) for k in fair}
     level = sorted(k for k, mean in means.items() if mean == max(means.values()))
-    return level[len(level) // 2], max(means.values()), most
+    k = level[len(level) // 2]
+    return k, statistics.mean(scores[k, seed] for seed in seeds[k]), len(seeds[k])
 
 
 def headline(task):

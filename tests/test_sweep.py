@@ -42,7 +42,11 @@ def test_a_best_at_the_end_of_the_scale_ends_the_search():
 
 def test_level_rates_give_the_middle_one_and_rates_read_as_they_are_typed():
     assert sweep.best({(k, 100): 5.0 for k in (-12, -10, -8)}) == (-10, 5.0, 1)
-    assert sweep.best({(-12, 100): 9.0, (-10, 100): 5.0, (-10, 101): 6.0}) == (-10, 5.5, 2)  # of those with most seeds
+    scores = {(-12, 100): 9.0, (-10, 100): 8.0, (-10, 101): 12.0, (-8, 100): 7.0, (-8, 101): 12.0}
+    assert sweep.best(scores) == (-12, 9.0, 1)  # by the seed that they share
+    assert sweep.best({**scores, (-12, 101): 5.0}) == (-10, 10.0, 2)
+    third = {(-10, 102): 1.0, (-8, 102): 7.0}
+    assert sweep.best({**scores, **third}) == (-8, 26 / 3, 3)  # of those with three seeds
     assert [sweep.rate(k) for k in (-12, -11, -10, -4)] == [1e-3, 1.78e-3, 3.16e-3, 0.1]
     assert sweep.start("lora") == -10  # 4e-3
 
