@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(argv, description=__doc__.split("\n\n")[0])
     with Stop() as stop:
         try:
-            with stop.once_left():
+            with stop.interruptible():
                 parallel.start()
                 fine_tune(settings, "python train.py " + shlex.join(argv), stop)
         except (FloatingPointError, parallel.Ended) as e:

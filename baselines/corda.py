@@ -84,7 +84,7 @@ def calibrate(
 ) -> dict[str, start.Start]:  # fmt: skip
     """Look at inputs, return the plan {layer name: Start} for `inject`. `batches` yields batches of one example each
     (padding would count as tokens), loss_fn(model, batch) runs the model, `progress` is tqdm for a bar over layers.
-    ValueError as inject's, and where a layer sees NaN or nothing.
+    ValueError as inject's, and where a layer sees nothing, NaN or what overflows.
 
     Options:
         rank: rank r of the trained part; the update of W0 has 2 r

@@ -19,7 +19,7 @@ class Start:
 
     B: torch.Tensor
     A: torch.Tensor
-    spectrum: torch.Tensor  # the eigenvalues of C, largest first
+    spectrum: torch.Tensor  # largest first: LoRA-GA's singular values of G, CorDA's eigenvalues of C
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ def asked(scores, first, study="rates", lowest=-24, highest=0):
 
 
 def best(scores):
-    """(k, mean, seeds) of the best rate: of those with all three seeds once some have them, till then of all, by the seeds
+    """(k, mean, seeds) of the best rate: of those with all three seeds once two have them, till then of all, by the seeds
     that they share. The middle one of the best if several are level."""
     seeds = {k: {seed for other, seed in scores if other == k} for k, _ in scores}
     whole = [k for k in seeds if len(seeds[k]) == len(SEEDS["rates"][1])]
@@ -372,7 +372,8 @@ it goes on where it stopped.
 
 `python bench/sweep.py rates`: mean ± standard deviation of the development metric after the last epoch, in points of 100, at the
 best rate. Half decades on seeds 100 and 101 until the best is inside the grid, then quarter decades beside it on seeds 100 to
-102. In brackets the seeds so far; "edge": the best is the last that was tried.
+102. Until two rates have those three seeds, rates are compared on the seeds that they share, so a best may rest on one. In
+brackets its seeds so far; "edge": the best is the last that was tried.
 
 {generated(rows)}
 

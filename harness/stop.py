@@ -54,8 +54,8 @@ class Stop:
             raise Stopped(self.code)
 
     @contextlib.contextmanager
-    def once_left(self) -> Iterator[None]:
-        """What comes after it is how the run ends and what it says last: no first signal cuts that off."""
+    def interruptible(self) -> Iterator[None]:
+        """What a signal ends. After it a run says how it ended, which no first signal cuts off."""
         try:
             yield
         finally:
