@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -29,9 +30,11 @@ class Stop:
     def __enter__(self):
         here = threading.current_thread() is threading.main_thread()  # elsewhere Python sets no handlers
         self.before = {number: signal.signal(number, self.asked) for number in SIGNALS} if here else {}
+        self.hook, sys.unraisablehook = sys.unraisablehook, self.unraisable
         return self
 
     def __exit__(self, *_):
+        sys.unraisablehook = self.hook
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -43,6 +46,11 @@ class Stop:
         self.code = SIGNALS[number]  # type: ignore[index]
         if not self.waiting:
             raise Stopped(self.code)
+
+    def unraisable(self, what) -> None:
+        """Python drops what is raised within a `__del__` (a progress bar's) and prints it: the next `after` ends the run."""
+        if not isinstance(what.exc_value, Stopped):
+            self.hook(what)
 
     @contextlib.contextmanager
     def after(self) -> Iterator[None]:

@@ -32,6 +32,29 @@ def test_the_first_signal_waits_for_what_must_be_whole():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+class Signalled:
+    """Python drops what a `__del__` raises."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def __del__(self):
+        self.action()
+
+
+def test_a_signal_within_a_del_ends_the_run_after_it(monkeypatch):
+    done, seen = [], []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: seen.append(what.exc_type))
+    with pytest.raises(Stopped) as stopped, Stop() as stop:
+        Signalled(lambda: 1 / 0)  # what is no signal is shown as ever
+        Signalled(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        done.append("dropped")
+        with stop.after():
+            done.append("whole")
+        done.append("never")
+    assert done == ["dropped", "whole"] and stopped.value.code == 143 and seen == [ZeroDivisionError]
+
+
 def begin(csv, out, *more):
     flags = "--text text --label label --method triadapt --dropout 0.2 --epochs 60".split()
     flags += "--interval 7 --t0 3 --delta 1 --save-every 10 --eval-every 25".split()
