@@ -40,6 +40,24 @@ def test_a_best_at_the_end_of_the_scale_ends_the_search():
     assert max(k for k, _ in order) == 0
 
 
+@pytest.mark.parametrize("peak", [-13, -9, -6])
+def test_one_rate_for_all_tasks_has_the_best_mean_and_both_neighbours_tried(peak):
+    def value(task, k, seed):  # tasks differ in where they are best, their mean is best at `peak`
+        return -((k - peak - sweep.TASKS.index(task) + 2) ** 2) + (seed - 100) / 10
+
+    found = {("lora", task): {(k, seed): value(task, k, seed) for k in (-10, -8) for seed in (100, 101)} for task in sweep.TASKS}
+    assert sweep.on_all({}, "lora") == {} == dict(sweep.asked_of_all({}, "lora"))
+    assert sweep.on_all(found, "lora") == pytest.approx({k: 0.05 - 2 - (k - peak) ** 2 for k in (-10, -8)})
+    while wanted := sweep.asked_of_all(found, "lora"):
+        for task, (k, seed) in wanted:
+            assert (k, seed) not in found["lora", task]
+            found["lora", task][k, seed] = value(task, k, seed)
+    means = sweep.on_all(found, "lora")
+    assert max(means, key=means.get) == peak and {peak - 1, peak + 1} <= set(means)
+    del found["lora", "math"][peak, 101]  # a rate counts where every task has both seeds
+    assert peak not in sweep.on_all(found, "lora")
+
+
 def test_level_rates_give_the_middle_one_and_rates_read_as_they_are_typed():
     assert sweep.best({(k, 100): 5.0 for k in (-12, -10, -8)}) == (-10, 5.0, 1)
     scores = {(-12, 100): 9.0, (-10, 100): 8.0, (-10, 101): 12.0, (-8, 100): 7.0, (-8, 101): 12.0}
@@ -49,6 +67,7 @@ def test_level_rates_give_the_middle_one_and_rates_read_as_they_are_typed():
     assert sweep.best({**scores, **third}) == (-8, 26 / 3, 3)  # of those with three seeds
     assert [sweep.rate(k) for k in (-12, -11, -10, -4)] == [1e-3, 1.78e-3, 3.16e-3, 0.1]
     assert sweep.start("lora") == -10  # 4e-3
+    assert sweep.start("lora", {(-14, 100): 1.0, (-13, 100): 9.0, (-12, 100): 2.0, (-6, 101): 9.0}) == -12
 
 
 def test_a_fingerprint_follows_what_the_numbers_depend_on_and_nothing_else(monkeypatch):
