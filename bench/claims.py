@@ -200,8 +200,9 @@ def main():
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
     args = parser.parse_args()
     if args.claim == "pages":
+        page = text()
         with open(PAGE, "w", encoding="utf-8") as f:
-            f.write(text())
+            f.write(page)
         return
     if not args.show:
         args.rows, args.places, args.plan = sweep.ROWS, lambda task: [], lambda rows: wanted(rows, args.claim)

@@ -156,11 +156,12 @@ def plan(rows, args):
             elif study == "compare":
                 wanted = [(None, seed) for seed in args.seeds if (None, seed) not in have]
             else:
-                first = start(method, have) if study == "rates" else start(method) - 2
-                wanted = asked(have, first, study)
+                wanted = asked(have, start(method, have) - 2 * (study == "encoder" and not have), study)
             urgent = [run for other, run in for_all if other == task]
             for k, seed in dict.fromkeys(urgent + wanted):
-                flags = [] if k is None else ["--head-lr" if study == "head" else "--lr", f"{rate(k):g}"]
+                flags = [] if k is None else ["--lr", f"{rate(k):g}"]
+                if study == "head":
+                    flags = ["--head-lr", f"{rate(k):g}", "--lr", "0.004"]
                 run = {"study": study, "method": method, "task": task, "k": k, "seed": seed, "flags": flags + args.flags}
                 runs.append(((k, seed) not in urgent, len(have) >= 6, seed, i, run))
     return [run for *_, run in sorted(runs, key=lambda entry: entry[:-1])]
@@ -522,8 +523,9 @@ def pages(_):
     rows = valid(read(ROWS))
     picture(rows)
     curves(rows)
+    page = text()
     with open(PAGE, "w") as f:
-        f.write(text())
+        f.write(page)
 
 
 def main():

@@ -93,9 +93,9 @@ def carry_out(method, task, places):
     run.model.to(run.device).train()
     run.speed_up()
     shares = {k: round(moved(run, sweep.rate(k)), 4) for k in GRID}
-    study = "encoder" if places else "rates"
-    return {"study": study, "method": method, "task": task, "flags": [], "moved": shares,
-            "fingerprint": sweep.fingerprint({"study": study, "method": method, "task": task, "flags": []}),
+    flags = ["--lr", f"{sweep.rate(GRID[0]):g}"]  # so that no default rate is part of the fingerprint
+    what = {"study": "encoder" if places else "rates", "method": method, "task": task, "flags": flags}
+    return {**what, "moved": shares, "fingerprint": sweep.fingerprint(what),
             "hardware": speed.hardware(run.device.type), "torch": torch.__version__}  # fmt: skip
 
 
@@ -180,8 +180,9 @@ def main():
     parser.add_argument("--write", action="store_true", help="write docs/trial.md")
     args = parser.parse_args()
     if args.write:
+        page = text()
         with open(PAGE, "w", encoding="utf-8") as f:
-            f.write(text())
+            f.write(page)
         return
     for task in args.tasks:
         for method in args.methods:

@@ -5,14 +5,14 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 
-# method: (module, what it is, learning rate, weight decay). The rates were chosen on seeds that no table uses
-# (bench/rates.md); the decays are the papers' where a paper names one.
+# method: (module, what it is, learning rate, weight decay). The rates were chosen on seeds that no table uses (docs/rates.md, of
+# the baselines bench/rates.md); the decays are the papers' where a paper names one.
 METHODS = {
-    "triadapt": ("triadapt", "TriAdaptLoRA: B (L+U) A, ranks grow under a budget", 8e-3, 0.0),
-    "tlora": ("tlora", "TLoRA: alpha C B A, only B and the scale alpha trained", 1e-2, 0.01),
-    "tlora_plus": ("tlora_plus", "TLoRA+: C B A, each matrix with its own learning rate", 2e-3, 0.1),
-    "task_tlora": ("task_tlora", "Task-aware TLoRA: A from the data, frozen; ranks by sensitivity", 2e-3, 0.0),
-    "lora": ("baselines.lora", "LoRA, the yardstick", 4e-3, 0.0),
+    "triadapt": ("triadapt", "TriAdaptLoRA: B (L+U) A, ranks grow under a budget", 1.78e-2, 0.0),
+    "tlora": ("tlora", "TLoRA: alpha C B A, only B and the scale alpha trained", 3.16e-2, 0.01),
+    "tlora_plus": ("tlora_plus", "TLoRA+: C B A, each matrix with its own learning rate", 3.16e-3, 0.1),
+    "task_tlora": ("task_tlora", "Task-aware TLoRA: A from the data, frozen; ranks by sensitivity", 1.78e-3, 0.0),
+    "lora": ("baselines.lora", "LoRA, the yardstick", 5.62e-3, 0.0),
     # What the papers compare with.
     "lora_plus": ("baselines.lora_plus", "LoRA+: LoRA, B with a rate of its own", 3.16e-4, 0.0),
     "dora": ("baselines.dora", "DoRA: LoRA's direction, rows of a trained length", 3.16e-3, 0.0),

@@ -59,6 +59,14 @@ def test_the_readme_has_the_numbers_of_the_rows():
         assert f"of {sum(p.numel() for p in whole.parameters()):,} numbers each" in world
 
 
+def test_loras_default_and_the_four_methods_have_the_best_mean_over_the_tasks():
+    found = sweep.table(sweep.read(sweep.ROWS), "rates", [])
+    for method in ("lora", "tlora", "tlora_plus", "task_tlora", "triadapt"):
+        means = sweep.on_all(found, method)
+        assert not sweep.asked_of_all(found, method)
+        assert METHODS[method][2] == sweep.rate(max(means, key=means.get))
+
+
 def test_the_baselines_rates_are_chosen_as_their_page_says():
     kept = [row for row in sweep.read(sweep.ROWS) if (row["study"], row["seed"], len(row["flags"])) == ("rates", 100, 2)]
     scores = {(row["method"], sweep.rate(row["k"]), row["task"]): f"{sweep.score(row):.1f}" for row in kept}
