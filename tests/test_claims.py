@@ -70,3 +70,19 @@ def test_each_claim_asks_for_runs_that_parse_and_for_none_twice(claim):
     for run in {tuple(run["flags"]): run for run in runs}.values():
         parse(["--method", run["method"], "--task", run["task"], *run["flags"]])
     assert claims.wanted([dict(run, test=None) for run in runs[1:]], claim) == runs[:1]
+
+
+def test_the_words_about_the_contradiction_are_true_of_the_rows():
+    lora, tlora, plus = claims.search(sweep.valid(sweep.read(sweep.ROWS))).values()
+    low = max(plus, key=plus.get)
+    high = max(lora.keys() & tlora.keys() & plus.keys(), key=lambda k: tlora[k] - max(lora[k], plus[k]))
+    assert tlora[low] < min(lora[low], plus[low]) and tlora[high] > max(lora[high], plus[high]) and high > low
+    assert max(lora[high], plus[high]) < 0.7 * min(max(lora.values()), max(plus.values()))  # they no longer learn there
+    assert max(tlora.values()) < max(lora.values()) and max(lora.values()) - max(tlora.values()) < lora[low] - tlora[low]
+    made_up = {"lora": {-12: 80.0, -10: 90.0, -8: 20.0}, "tlora": {-12: 40.0, -10: 50.0, -8: 70.0, -6: 75.0},
+               "tlora_plus": {-12: 70.0, -10: 85.0, -8: 30.0}}  # fmt: skip
+    words = " ".join(claims.contradiction(made_up, {"cola": -1.26}).split())
+    assert "at 0.00316, the best rate of TLoRA+, TLoRA is last with 50.0 (TLoRA+ 85.0, LoRA 90.0); at 0.01 it is first" in words
+    assert "is 10 times that" in words and "25.0 of the 40.0 points" in words and "(cola -1.3, " in words
+    with open(claims.PAGE, encoding="utf-8") as f:
+        assert f.read() == claims.text()
