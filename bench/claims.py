@@ -161,6 +161,15 @@ def verdict(mean, p):
     return "undecided" if p >= LEVEL else "holds" if mean > 0 else "does not hold here"
 
 
+def readme(rows):
+    """README's sentence on the four methods beside LoRA."""
+    shown, four = [], {"linear": "TriAdaptLoRA", "tlora_plus": "TLoRA+", "task_tlora": "Task-aware TLoRA", "tlora": "TLoRA"}
+    for name, words in four.items():
+        mean, half, _ = paired(differences(rows, name, "lora"))
+        shown.append(f"{words} {mean:+.1f} ± {half:.1f}")
+    return f"points from LoRA, with 95 % intervals: {', '.join(shown)}"
+
+
 def section(claim, rows, found):
     """One claim as markdown."""
     paper, words, questions = CLAIMS[claim]
@@ -173,7 +182,7 @@ def section(claim, rows, found):
         else:
             mean, half, p, word = found[claim, question]
             than = f" (wanted: above {margin:g})" if margin else ""
-            lines.append(f"| {question} | {mean:+.2f}{than} | ± {half:.2f} | {p:.4f} | {word} |")
+            lines.append(f"| {question} | {mean:+.2f}{than} | ± {half:.2f} | {'< 0.0001' if p < 1e-4 else f'{p:.4f}'} | {word} |")
     return "\n".join(lines)
 
 

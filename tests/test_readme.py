@@ -11,6 +11,7 @@ from harness.settings import parse
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, os.path.join(ROOT, "bench"))
 
+import claims  # noqa: E402
 import sweep  # noqa: E402
 import table  # noqa: E402
 
@@ -65,6 +66,10 @@ def test_the_table_is_made_from_kept_runs_and_says_which_are_older_than_what_it_
     with open(os.path.join(ROOT, "bench", "table.md"), encoding="utf-8") as f:
         report = f.read()
     assert table.table(rows) in report and table.verdicts(rows) in report and table.caption(rows) in report
+
+
+def test_the_distances_from_lora_are_those_of_the_kept_rows():
+    assert claims.readme(sweep.valid(sweep.read(sweep.ROWS))) in " ".join(README.split())
 
 
 def test_the_page_of_rates_is_made_from_the_kept_rows():
