@@ -11,6 +11,7 @@ defaults. A method stands in it once all its runs are there.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -191,7 +192,7 @@ def name_points(ax, points, colour):
         if not ax.bbox.contains(x, y):
             continue
         wide, high, places = 6.6 * len(name), 13, []
-        for dx, dy in [(7, 3), (-7, 3), (7, -3), (-7, -3), (7, 14), (-7, -14), (-7, 14), (7, -14), (7, 26), (-7, -26)]:
+        for dx, dy in itertools.product((7, -7, 40, -40), (3, -3, 14, -14, 26, -26, 40, -40)):
             left, low = x + dx - wide * (dx < 0), y + dy - high * (dy < 0)
             box = left, low, left + wide, low + high
             clash = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)

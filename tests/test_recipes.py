@@ -223,7 +223,7 @@ def test_every_method_has_a_rate_for_real_checkpoints_and_the_generated_tasks_ke
 
 @pytest.mark.parametrize("flags, words, noted", [
     (["--lr", "0.5"], "lr 0.5 (as asked; head 0.001)", True),
-    ([], "lr 0.004 (default of the generated tasks; head 0.001)", True),
+    ([], "lr 0.00562 (default of the generated tasks; head 0.001)", True),
     (TINY, "default of the generated tasks", False),
 ])  # fmt: skip
 def test_the_run_says_where_its_rate_is_from_and_what_the_tiny_bases_do_not_know(flags, words, noted, csv, tmp_path, capsys):
