@@ -186,14 +186,14 @@ def section(claim, rows, found):
     return "\n".join(lines)
 
 
-def search(rows):
+def means_by_rate(rows):
     """Of LoRA and of the two papers that contradict each other {method: {k: mean over the tasks}}, from the search for rates."""
     found = sweep.table(rows, "rates", [])
     return {method: sweep.on_all(found, method) for method in ("lora", "tlora", "tlora_plus")}
 
 
 def contradiction(means, distances):
-    """TLoRA's paper against TLoRA+'s in five sentences. `means` as search gives them, `distances` {task: TLoRA - LoRA}."""
+    """TLoRA's paper against TLoRA+'s in five sentences. `means` as means_by_rate gives them, `distances` {task: TLoRA - LoRA}."""
     lora, tlora, plus = means.values()
     best = {method: max(mine, key=mine.get) for method, mine in means.items()}
     low, high = best["tlora_plus"], max(lora.keys() & tlora.keys() & plus.keys(), key=lambda k: tlora[k] - max(lora[k], plus[k]))
@@ -241,15 +241,16 @@ def text():
     parts = "\n\n".join(section(claim, rows, found) for claim in CLAIMS)
     return f"""# The papers' headline claims
 
+Made by `python bench/claims.py pages` from the rows of `bench/sweep.jsonl`: the generated tasks {", ".join(sweep.TASKS)}, the
+tiny base, the same epochs for all. In the tables each contestant trains at its default, one rate for all tasks
+([rates.md](rates.md); LoRA-XS, AdaLoRA and IncreLoRA still at rates from two tasks, [bench/rates.md](../bench/rates.md)), on the
+seeds 0 to 7 and is scored on the test split. How a verdict is reached: the docstring of [bench/claims.py](../bench/claims.py).
+
 ## Is TLoRA as good as LoRA, or does it fail?
 
-{contradiction(search(rows), distances)}
+{contradiction(means_by_rate(rows), distances)}
 
 ![mean score against learning rate](contradiction.png)
-
-Made by `python bench/claims.py pages` from the rows of `bench/sweep.jsonl`: the generated tasks {", ".join(sweep.TASKS)}, the
-tiny base, seeds 0 to 7, the test split, each contestant at its own best rate ([rates.md](rates.md)) and the same epochs. How a
-verdict is reached: the docstring of [bench/claims.py](../bench/claims.py).
 
 {parts}
 """
@@ -264,7 +265,7 @@ def main():
     args = parser.parse_args()
     if args.claim == "pages":
         page = text()
-        picture(search(sweep.valid(sweep.read(sweep.ROWS))))
+        picture(means_by_rate(sweep.valid(sweep.read(sweep.ROWS))))
         with open(PAGE, "w", encoding="utf-8") as f:
             f.write(page)
         return

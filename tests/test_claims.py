@@ -73,7 +73,7 @@ def test_each_claim_asks_for_runs_that_parse_and_for_none_twice(claim):
 
 
 def test_the_words_about_the_contradiction_are_true_of_the_rows():
-    lora, tlora, plus = claims.search(sweep.valid(sweep.read(sweep.ROWS))).values()
+    lora, tlora, plus = claims.means_by_rate(sweep.valid(sweep.read(sweep.ROWS))).values()
     low = max(plus, key=plus.get)
     high = max(lora.keys() & tlora.keys() & plus.keys(), key=lambda k: tlora[k] - max(lora[k], plus[k]))
     assert tlora[low] < min(lora[low], plus[low]) and tlora[high] > max(lora[high], plus[high]) and high > low

@@ -66,7 +66,7 @@ def test_level_rates_give_the_middle_one_and_rates_read_as_they_are_typed():
     third = {(-10, 102): 1.0, (-8, 102): 7.0}
     assert sweep.best({**scores, **third}) == (-8, 26 / 3, 3)  # of those with three seeds
     assert [sweep.rate(k) for k in (-12, -11, -10, -4)] == [1e-3, 1.78e-3, 3.16e-3, 0.1]
-    assert sweep.start("lora") == -10  # 4e-3
+    assert sweep.start("lora") == -10  # next to 5.62e-3
     assert sweep.start("lora", {(-14, 100): 1.0, (-13, 100): 9.0, (-12, 100): 2.0, (-6, 101): 9.0}) == -12
 
 
