@@ -6,8 +6,8 @@
 
 Contestants train at the rate chosen for them (train.py's default, docs/rates.md) on the seeds 0 to 7, on which nothing was
 chosen, and are scored on the test split. They are paired by seed: the same head, the same order of rows. A difference is a mean
-over the tasks, seed by seed; its interval and p are those of a paired t-test, two-sided, p by Holm over all questions. A
-claim holds, or does not hold here, at p < 0.01; else it is undecided.
+over the tasks, seed by seed; its interval and p are those of a paired t-test, two-sided, p by Holm over all comparisons of
+the page. A claim holds, or does not hold here, at p < 0.01; else it is undecided.
 """
 
 import argparse
@@ -20,15 +20,17 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import sweep
 
+from harness.methods import METHODS
+
 PAGE = os.path.join(sweep.ROOT, "docs", "claims.md")
 LEVEL = 0.01
 
 # contestant: (method, flags beside the defaults)
 CONTESTANTS = {
-    **{name: (name, []) for name in ("lora", "tlora", "lora_xs", "tlora_plus", "task_tlora", "adalora", "increlora")},
+    **{name: (name, []) for name in METHODS},
     **{f"{name}-r{rank}": (name, ["--rank", str(rank)]) for name in ("lora", "tlora_plus", "tlora") for rank in (32, 64)},
     **{f"{name}-small": (name, ["--lr", "0.0003"]) for name in ("lora", "task_tlora")},
-    "linear": ("triadapt", []),
+    "lora-r3": ("lora", ["--rank", "3"]),
     "nonlinear": ("triadapt", ["--mode", "nonlinear"]),
     "fixed-k": ("triadapt", ["--mode", "fixed"]),
 }  # fmt: skip
@@ -70,14 +72,18 @@ CLAIMS = {
         "TriAdaptLoRA consistently outperforms existing PEFT methods. [..] particularly under linear threshold-driven rank "
         "growth. (Table I: linear > nonlinear > fixed-k > IncreLoRA > LoRA > AdaLoRA.)",
         [
-            (f"{one} is above {other}", one, other, 0.0)
+            (f"{one} is above {other}".replace("triadapt", "linear"), one, other, 0.0)
             for one, other in (
-                ("linear", "nonlinear"), ("nonlinear", "fixed-k"), ("fixed-k", "increlora"), ("increlora", "lora"),
-                ("lora", "adalora"), ("linear", "lora"),
+                ("triadapt", "nonlinear"), ("nonlinear", "fixed-k"), ("fixed-k", "increlora"), ("increlora", "lora"),
+                ("lora", "adalora"), ("triadapt", "lora"),
             )
         ],
     ),
 }  # fmt: skip
+
+# Beside the claims: every method from LoRA, and those with fewer trained numbers from the LoRA that has about as many.
+BESIDE = [(name, "lora", 0.0) for name in METHODS if name not in ("lora", "head")]  # the head alone answers no question in words
+EQUAL = [(name, "lora-r3", 0.0) for name in ("tlora", "task_tlora")]
 
 
 def wanted(rows, claim):
@@ -144,16 +150,16 @@ def holm(ps):
 
 
 def answers(rows):
-    """{(claim, question): (mean difference, half interval, p by Holm, verdict), or None where seeds lack}, of all claims."""
+    """{(one, other, margin): (mean difference, half interval, p by Holm, verdict), or None where seeds lack}, of all the page."""
+    asked = [tuple(rest) for *_, questions in CLAIMS.values() for _, *rest in questions]
     found = {}
-    for claim, (_, _, questions) in CLAIMS.items():
-        for words, one, other, margin in questions:
-            values = differences(rows, one, other, margin)
-            found[claim, words] = (*paired(values), margin) if len(values) == len(sweep.FRESH) else None
+    for one, other, margin in dict.fromkeys(asked + BESIDE + EQUAL):
+        values = differences(rows, one, other, margin)
+        found[one, other, margin] = paired(values) if len(values) == len(sweep.FRESH) else None
     done = [key for key, value in found.items() if value]
     for key, p in zip(done, holm([found[key][2] for key in done])):
-        mean, half, _, margin = found[key]
-        found[key] = mean + margin, half, p, verdict(mean, p)
+        mean, half, _ = found[key]
+        found[key] = mean + key[2], half, p, verdict(mean, p)
     return found
 
 
@@ -163,11 +169,20 @@ def verdict(mean, p):
 
 def readme(rows):
     """README's sentence on the four methods beside LoRA."""
-    shown, four = [], {"linear": "TriAdaptLoRA", "tlora_plus": "TLoRA+", "task_tlora": "Task-aware TLoRA", "tlora": "TLoRA"}
+    shown, four = [], {"triadapt": "TriAdaptLoRA", "tlora_plus": "TLoRA+", "task_tlora": "Task-aware TLoRA", "tlora": "TLoRA"}
     for name, words in four.items():
         mean, half, _ = paired(differences(rows, name, "lora"))
         shown.append(f"{words} {mean:+.1f} ± {half:.1f}")
     return f"points from LoRA, with 95 % intervals: {', '.join(shown)}"
+
+
+def shown(rows, found, one, other, margin):
+    """The last four columns of a table: difference, 95 %, p, verdict."""
+    if found[one, other, margin] is None:
+        return f"| | | not yet: {len(differences(rows, one, other))} of {len(sweep.FRESH)} seeds |"
+    mean, half, p, word = found[one, other, margin]
+    than = f" (wanted: above {margin:g})" if margin else ""
+    return f"{mean:+.2f}{than} | ± {half:.2f} | {'< 0.0001' if p < 1e-4 else f'{p:.4f}'} | {word} |"
 
 
 def section(claim, rows, found):
@@ -175,14 +190,26 @@ def section(claim, rows, found):
     paper, words, questions = CLAIMS[claim]
     lines = [f"## {claim}: {paper}", "", f"> {words}", "", f"`python bench/claims.py {claim}`", "",
              "| question | difference, points | 95 % | p | |", "|---|--:|--:|--:|---|"]  # fmt: skip
-    for question, one, other, margin in questions:
-        if found[claim, question] is None:
-            seeds = len(differences(rows, one, other))
-            lines.append(f"| {question} | | | | not yet: {seeds} of {len(sweep.FRESH)} seeds |")
-        else:
-            mean, half, p, word = found[claim, question]
-            than = f" (wanted: above {margin:g})" if margin else ""
-            lines.append(f"| {question} | {mean:+.2f}{than} | ± {half:.2f} | {'< 0.0001' if p < 1e-4 else f'{p:.4f}'} | {word} |")
+    lines += [f"| {question} | {shown(rows, found, *rest)}" for question, *rest in questions]
+    return "\n".join(lines)
+
+
+def numbers(rows, name):
+    """The mean of the trained numbers of a contestant's runs, the head's too; None without runs."""
+    method, flags = CONTESTANTS[name]
+    mine = [row for row in rows if (row["study"], row["method"], row["flags"]) == ("compare", method, flags)]
+    found = [row["trained"] for row in mine if row["task"] in sweep.TASKS and row["trained"]]
+    return statistics.mean(found) if found else None
+
+
+def beside(rows, found):
+    """The table of all methods from LoRA, best first, and of those that have a LoRA of their size."""
+    lines = ["| | from | trained numbers, of its | difference, points | 95 % | p | |", "|---|---|--:|--:|--:|--:|---|"]
+    for one, other, margin in sorted(BESIDE, key=lambda key: -found[key][0] if found[key] else math.inf) + EQUAL:
+        mine, its = numbers(rows, one), numbers(rows, other)
+        share = f"{mine / its:.2f}" if mine and its else ""
+        columns = shown(rows, found, one, other, margin).replace("does not hold here", "below").replace("holds", "above")
+        lines.append(f"| {one} | {other} | {share} | {columns}")
     return "\n".join(lines)
 
 
@@ -251,6 +278,13 @@ seeds 0 to 7 and is scored on the test split. How a verdict is reached: the docs
 {contradiction(means_by_rate(rows), distances)}
 
 ![mean score against learning rate](contradiction.png)
+
+## Every method from LoRA
+
+`python bench/sweep.py compare`; LoRA of rank 3 has the trained numbers nearest to TLoRA's and to Task-aware TLoRA's:
+`python bench/sweep.py compare --methods lora --flags --rank 3`. The same epochs for all.
+
+{beside(rows, found)}
 
 {parts}
 """

@@ -11,6 +11,7 @@ sys.path.insert(0, os.path.join(ROOT, "bench"))
 import claims  # noqa: E402
 import sweep  # noqa: E402
 
+from harness.methods import METHODS  # noqa: E402
 from harness.settings import parse  # noqa: E402
 
 
@@ -43,24 +44,35 @@ def rows(**means):
             for task in sweep.TASKS:
                 test = {sweep.headline(task): (mean + seed / 100 * (1 + (name != "lora") / 10)) / 100}
                 made.append(
-                    {"study": "compare", "method": method, "task": task, "k": None, "seed": seed, "flags": flags, "test": test}
-                )
+                    {"study": "compare", "method": method, "task": task, "k": None, "seed": seed, "flags": flags, "test": test,
+                     "trained": 1000 if name == "lora" else 300}
+                )  # fmt: skip
     return made
 
 
 def test_verdicts_of_made_up_rows():
     found = claims.answers(rows(lora=80.0, tlora=79.5, tlora_plus=79.5))
-    within = found["T2", "TLoRA is less than a point below LoRA"]
-    above, better = found["P2", "TLoRA+ is above LoRA"], found["P2", "TLoRA+ is above TLoRA"]
+    within = found["tlora", "lora", -1.0]
+    above, better = found["tlora_plus", "lora", 0.0], found["tlora_plus", "tlora", 0.0]
     assert within[3] == "holds" and abs(within[0] + 0.5) < 0.01 and 0 < within[1] < 0.01
     assert above[3] == "does not hold here" and above[0] == pytest.approx(within[0])
     assert better[3] == "undecided" and better[0] == 0 and better[2] == 1.0
-    assert found["K1", "Task-aware TLoRA is above LoRA, each at its own rate"] is None
+    assert found["task_tlora", "lora", 0.0] is None
     missing = [row for row in rows(lora=80.0, tlora=80.0) if (row["seed"], row["task"]) != (3, "math")]
-    assert (
-        len(claims.differences(missing, "tlora", "lora")) == 7
-        and claims.answers(missing)["T2", "TLoRA is less than a point below LoRA"] is None
-    )
+    assert len(claims.differences(missing, "tlora", "lora")) == 7
+    assert claims.answers(missing)["tlora", "lora", -1.0] is None
+
+
+def test_the_table_of_all_methods_best_first_each_once():
+    made = rows(lora=80.0, tlora=70.0, tlora_plus=90.0, task_tlora=80.0, lora_r3=75.0)
+    lines = claims.beside(made, claims.answers(made)).splitlines()[2:]
+    names = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines]
+    assert names[:3] == [("tlora_plus", "lora"), ("task_tlora", "lora"), ("tlora", "lora")] and len(set(names)) == len(names)
+    assert {name for name, other in names if other == "lora"} == METHODS.keys() - {"lora", "head"}
+    assert lines[0].startswith("| tlora_plus | lora | 0.30 | +10.00 | ± 0.0") and lines[0].endswith("| < 0.0001 | above |")
+    assert lines[2].endswith("| below |") and lines[3].endswith("| not yet: 0 of 8 seeds |")
+    assert lines[-2].startswith("| tlora | lora-r3 | 1.00 | -5.00 |")
+    assert lines[-1].startswith("| task_tlora | lora-r3 | 1.00 | +5.00 |")
 
 
 @pytest.mark.parametrize("claim", claims.CLAIMS)
