@@ -95,12 +95,12 @@ def asked(scores, first, study="rates", lowest=-24, highest=0):
 
 def best(scores):
     """(k, mean, seeds) of the best rate: of those with all three seeds once two have them, till then of all, by the seeds
-    that they share. The middle one of the best if several are level."""
+    that they share, if any. The middle one of the best if several are level."""
     seeds = {k: {seed for other, seed in scores if other == k} for k, _ in scores}
     whole = [k for k in seeds if len(seeds[k]) == len(SEEDS["rates"][1])]
     fair = whole if len(whole) > 1 else list(seeds)
-    shared = set.intersection(*(seeds[k] for k in fair))
-    means = {k: statistics.mean(scores[k, seed] for seed in shared) for k in fair}
+    shared = set.intersection(*(seeds[k] for k in fair)) or set.union(*seeds.values())
+    means = {k: statistics.mean(scores[k, seed] for seed in seeds[k] & shared) for k in fair}
     level = sorted(k for k, mean in means.items() if mean == max(means.values()))
     k = level[len(level) // 2]
     return k, statistics.mean(scores[k, seed] for seed in seeds[k]), len(seeds[k])
@@ -145,8 +145,9 @@ def plan(rows, args):
     """Runs that are asked for now, the most urgent first: dicts with study, method, task, k, seed and flags."""
     study = args.study
     found, runs = table(rows, study, args.flags if study == "rates" else None), []
+    done = set(map(key, rows))
     for i, method in enumerate(args.methods):
-        for_all = asked_of_all(found, method) if study == "rates" and not args.flags else []
+        for_all = asked_of_all(found, method) if study == "rates" else []
         for task in args.tasks:
             if method == "head" and data.TASKS[task].kind == "lm":
                 continue
@@ -154,7 +155,7 @@ def plan(rows, args):
             if study == "head":
                 wanted = [(k, seed) for k in HEAD for seed in SEEDS["rates"][0] if (k, seed) not in have]
             elif study == "compare":
-                wanted = [(None, seed) for seed in args.seeds if (None, seed) not in have]
+                wanted = [(None, seed) for seed in args.seeds if (study, method, task, None, seed, *args.flags) not in done]
             else:
                 wanted = asked(have, start(method, have) - 2 * (study == "encoder" and not have), study)
             urgent = [run for other, run in for_all if other == task]

@@ -141,8 +141,16 @@ def text():
     judged = [entry for entry in every if entry[0]["method"] != "lora"]
     steps = [(k - best) // 2 for *_, best, k in judged]
     same = [(best - sweep.start("lora")) // 2 for *_, best, _ in judged]
+    bests_of = {}
+    for row, _, best, _ in judged:
+        bests_of.setdefault(row["method"], {})[row["task"]] = best
+    own = []  # the method's best on its other tasks, from its best on this one
+    for row, _, best, _ in judged:
+        if others := [k for task, k in bests_of[row["method"]].items() if task != row["task"]]:
+            own.append((statistics.median_low(others) - best) // 2)
     lost = sorted(((scores[best] - scores[k], f"{row['method']} on {row['task']}")
                    for row, scores, best, k in judged if k in scores), reverse=True)  # fmt: skip
+    points = [value for value, _ in lost]
     shares = {task: sorted(row["moved"][best] for row, _, best, _ in every if row["task"] == task) for task in sweep.TASKS}
     usual = [f"{task} {statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})" for task, found in shares.items()]
     bests = [sweep.rate(best) for *_, best, _ in judged]
@@ -161,10 +169,13 @@ At the best rate, which is between {min(bests):g} and {max(bests):g}, that share
 and range: {", ".join(usual)}.
 
 Of {len(judged)} pairs of method and task the rule gives the sweep's best half decade in {near(steps, 0)}, a neighbour in
-{near(steps, 1) - near(steps, 0)}, and is farther off in {len(steps) - near(steps, 1)}. LoRA's default rate for all would
-be the best half decade in {near(same, 0)}, a neighbour in {near(same, 1) - near(same, 0)}. At the rule's rate a run ends
-{statistics.median(points for points, _ in lost):.1f} points below the method's best in the median
-({len(lost)} pairs where that rate was tried); the worst are {", ".join(f"{pair} ({points:.1f})" for points, pair in lost[:4])}.
+{near(steps, 1) - near(steps, 0)}, and is farther off in {len(steps) - near(steps, 1)}.
+LoRA's best half decade for all, {sweep.rate(sweep.start("lora")):g}, would be it in {near(same, 0)}, a neighbour in
+{near(same, 1) - near(same, 0)}; a method's own best on its other tasks (their median), which takes a sweep of those, in
+{near(own, 0)} of {len(own)}, a neighbour in {near(own, 1) - near(own, 0)}.
+At the rule's rate a run ends {statistics.median(points):.1f} points below the method's best in the median,
+{statistics.mean(points):.1f} in the mean ({len(lost)} pairs where that rate was tried); the worst are
+{", ".join(f"{pair} ({worst:.1f})" for worst, pair in lost[:4])}.
 The sweep is not finished: {edges} of the {len(every)} best rates are the last that was tried, and all rest on one seed.
 
 {table(every)}

@@ -11,6 +11,8 @@ sys.path.insert(0, os.path.join(ROOT, "bench"))
 import claims  # noqa: E402
 import sweep  # noqa: E402
 
+import tlora_plus  # noqa: E402
+from harness import methods  # noqa: E402
 from harness.methods import METHODS  # noqa: E402
 from harness.settings import parse  # noqa: E402
 
@@ -69,8 +71,9 @@ def test_the_table_of_all_methods_best_first_each_once():
     names = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines]
     assert names[:3] == [("tlora_plus", "lora"), ("task_tlora", "lora"), ("tlora", "lora")] and len(set(names)) == len(names)
     assert {name for name, other in names if other == "lora"} == METHODS.keys() - {"lora", "head"}
-    assert lines[0].startswith("| tlora_plus | lora | 0.30 | +10.00 | ± 0.0") and lines[0].endswith("| < 0.0001 | above |")
-    assert lines[2].endswith("| below |") and lines[3].endswith("| not yet: 0 of 8 seeds |")
+    assert lines[0].startswith("| tlora_plus | lora | 0.30 | +10.00 | ± 0.0")
+    assert lines[0].endswith("| < 0.0001 | above |" + " +10.0 |" * 5) and lines[2].endswith("| below |" + " -10.0 |" * 5)
+    assert lines[3].endswith("| not yet: 0 of 8 seeds |" + "  |" * 5)
     assert lines[-2].startswith("| tlora | lora-r3 | 1.00 | -5.00 |")
     assert lines[-1].startswith("| task_tlora | lora-r3 | 1.00 | +5.00 |")
 
@@ -95,6 +98,8 @@ def test_the_words_about_the_contradiction_are_true_of_the_rows():
                "tlora_plus": {-12: 70.0, -10: 85.0, -8: 30.0}}  # fmt: skip
     words = " ".join(claims.contradiction(made_up, {"cola": -1.26}).split())
     assert "at 0.00316, the best rate of TLoRA+, TLoRA is last with 50.0 (TLoRA+ 85.0, LoRA 90.0); at 0.01 it is first" in words
-    assert "is 10 times that" in words and "25.0 of the 40.0 points" in words and "(cola -1.3, " in words
+    assert "its B trains at 8 times that, at its best at 0.0253, where TLoRA, which trains B alone, is best at 0.0316" in words
+    assert claims.B_TIMES == tlora_plus.rate_ratios(float(methods.options("tlora_plus")["ratio"][1]), 2, 3, 4, 5)[1]
+    assert "distance is 15.0 points instead of the 40.0" in words and "(cola -1.3, " in words
     with open(claims.PAGE, encoding="utf-8") as f:
         assert f.read() == claims.text()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,6 +64,7 @@ def test_level_rates_give_the_middle_one_and_rates_read_as_they_are_typed():
     scores = {(-12, 100): 9.0, (-10, 100): 8.0, (-10, 101): 12.0, (-8, 100): 7.0, (-8, 101): 12.0}
     assert sweep.best(scores) == (-12, 9.0, 1)  # by the seed that they share
     assert sweep.best({**scores, (-12, 101): 5.0}) == (-10, 10.0, 2)
+    assert sweep.best({(-12, 100): 5.0, (-10, 101): 6.0}) == (-10, 6.0, 1)  # they share none
     third = {(-10, 102): 1.0, (-8, 102): 7.0}
     assert sweep.best({**scores, **third}) == (-8, 26 / 3, 3)  # of those with three seeds
     assert [sweep.rate(k) for k in (-12, -11, -10, -4)] == [1e-3, 1.78e-3, 3.16e-3, 0.1]
@@ -105,3 +107,11 @@ def test_runs_with_other_flags_are_a_table_of_their_own():
     assert sweep.table(rows, "rates", ["--ratio", "8"]) == {("tlora_plus", "cola"): {(-10, 100): 70.0}}
     assert "| tlora_plus | `--ratio 8` | cola | 70.0 (1) at 0.00316 (edge) |" in sweep.options(rows)
     assert "70" not in sweep.generated(rows) and "50.0 (1)" in sweep.generated(rows)
+
+
+def test_a_comparison_with_flags_asks_for_runs_of_its_own():
+    args = SimpleNamespace(study="compare", methods=["lora"], tasks=["cola"], seeds=[0, 1], flags=["--rank", "3"])
+    rows = [{"study": "compare", "method": "lora", "task": "cola", "k": None, "seed": seed, "flags": flags, "dev": None}
+            for seed, flags in [(0, []), (1, []), (1, ["--rank", "3"])]]  # fmt: skip
+    assert [(run["seed"], run["flags"]) for run in sweep.plan(rows, args)] == [(0, ["--rank", "3"])]
+    assert sweep.plan(rows, SimpleNamespace(**{**vars(args), "flags": []})) == []
