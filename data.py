@@ -138,7 +138,8 @@ def load_prompts(task: Task, path: str | Path | None, labelled: bool = True) -> 
         raise ValueError("task sft needs --data FILE: prompts with their answers, as JSON lines or a JSON list")
     names = [name for (name,) in task.columns]
     template = "" if task.template == "chat" else task.template
-    return instructions.read(path, tuple(names[:-1]), names[-1] if names else None, template, labelled)
+    choosing = task.metrics == ("choice",)
+    return instructions.read(path, tuple(names[:-1]), names[-1] if names else None, template, labelled, choosing)
 
 
 def load_custom(
@@ -219,10 +220,11 @@ def empty(examples: Iterable[Example]) -> int:
 # -------------------------------------------------------------------- features and batches
 
 
-def features(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> list[dict]:
+def features(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, room: int = 0) -> list[dict]:
     """One dict for each example: input_ids, token_type_ids, and `labels` as `batches` describes
     (None if unlabelled). At most max_length tokens: of a pair the longer text is cut, for spans the
-    context (a question keeps at most half), an answer that is cut off counts as no answer.
+    context (a question keeps at most half), an answer that is cut off counts as no answer. sft: a prompt leaves
+    `room` tokens for the answer, whatever its own is; 0 is what the longest of these examples needs.
 
     span rows also have `offsets` (None outside the context), math and sft rows `prompt`: how many of their
     tokens come before the answer, what generation starts from; mlm rows `noise` and `salient` (which tokens depend on
@@ -241,7 +243,7 @@ def features(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, max_
     elif task.name == "math":
         rows = math_rows(examples, tokenizer, max_length)
     elif task.name == "sft":
-        rows = instructions.encode(examples, tokenizer, max_length, task.template == "chat")
+        rows = instructions.encode(examples, tokenizer, max_length, task.template == "chat", room)
     else:
         rows = tokenizer.encode(texts, max_length)
     out = []

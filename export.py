@@ -10,6 +10,7 @@ adapter that was not exported from here says nothing of its task: --task names o
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     back.add_argument("--text", nargs="+", metavar="COLUMN", default=["text"], help="with --labels: its columns (default text)")
     back.add_argument("--max-length", type=count, default=128, help="with --task or --labels: tokens (default 128)")
     args = parser.parse_args(argv)
+    named = {"--backbone": args.backbone, "--task": args.task, "--labels": args.labels}
+    if not args.from_peft and (lost := [flag for flag, value in named.items() if value]):
+        parser.error(f"{lost[0]} goes with --from-peft")
     if args.with_base and not args.peft:
         parser.error("--with-base is for --peft DIR")
     if not args.peft and not args.merged and not args.from_peft:
@@ -50,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.from_peft:
             task = own_task(args.labels, args.text) if args.labels else data.TASKS.get(args.task)  # type: ignore[union-attr]
-            named = {"task": args.task, "out": args.run, "backbone": args.backbone, "max_length": args.max_length}
+            base = os.path.abspath(args.backbone) if args.backbone and os.path.exists(args.backbone) else args.backbone
+            named = {"task": args.task, "out": args.run, "backbone": base, "max_length": args.max_length}
             from_peft(args.from_peft, Settings(method="lora", precision="float32", **named), task, args.force)
         if not args.peft and not args.merged:
             return 0

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 from harness import generation, metrics
-from harness.run import Run
+from harness.run import Run, positions
 from harness.settings import CLOSED, Parser, count, in_words, number
 from reading import files
 
@@ -65,19 +65,19 @@ def rows_of(task: data.Task, examples: Sequence[data.Example], found: dict, text
         yield row
 
 
-def write_texts(run: Run, features: Sequence[dict], args: argparse.Namespace) -> dict:
-    """The texts that a language model writes behind each prompt, one after the other, shown as they come on a terminal."""
+def write_texts(run: Run, features: Sequence[dict], args: argparse.Namespace, watched: bool) -> dict:
+    """The texts that a language model writes behind each prompt, one after the other, shown as they come if `watched`."""
     pick, texts = generation.sampler(args.temperature, args.top_p, args.seed), []
-    for row in tqdm(features, "writing", leave=False, disable=sys.stdout.isatty() or None):
+    for row in tqdm(features, "writing", leave=False, disable=watched or None):
         prompt = row["input_ids"][: row["prompt"]]
         with run.autocast():
             ids = generation.tokens(run.model, prompt, run.max_new, run.tokenizer.sep_id, pick)
             parts = []
             for part in generation.text_as_it_comes(run.tokenizer, ids):
                 parts.append(part)
-                if sys.stdout.isatty():
+                if watched:
                     print(part, end="", flush=True)
-        if sys.stdout.isatty():
+        if watched:
             print()
         texts.append("".join(parts))
     return {"answers": texts, "probabilities": [None] * len(texts)}
@@ -114,6 +114,14 @@ def predict(args: argparse.Namespace) -> None:
     if args.submission and not task.header:
         raise ValueError(f"GLUE takes no submission for task {task.name}")
     writes = task.kind == "lm" and task.metrics != ("choice",)
+    if task.pretraining:
+        raise ValueError(f"task {task.name} is text to train on: there is nothing to predict")
+    if task.metrics == ("choice",) and args.file == "-":
+        raise ValueError("the run chooses among a row's options, which a line of standard input has not: give a file")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p:g} is not above 0 and at most 1")
+    if not args.temperature and (args.top_p != 1 or args.seed):
+        raise ValueError("--top-p and --seed are of draws, which --temperature 0 makes none of")
     if not writes and (args.max_new or args.temperature or args.top_p != 1 or args.seed):
         raise ValueError("--max-new, --temperature, --top-p and --seed go with a run that writes text")
     if args.submission and (args.text or args.id):
@@ -121,14 +129,17 @@ def predict(args: argparse.Namespace) -> None:
     if args.id and (args.file == "-" or not task.columns or task.name == "sft"):
         raise ValueError("--id names a column of a table, of which this run reads none")
     run.max_new = args.max_new or run.max_new
-    examples, watched = read(replace(task, id=args.id or ""), args.file), sys.stdout.isatty()
+    examples = read(replace(task, id=args.id or ""), args.file)
     features = run.features(examples)
     remark(run, examples, features)
-    live = writes and (watched or args.temperature > 0)
-    found = write_texts(run, features, args) if live else run.predict(examples, features)
+    if writes and max(row["prompt"] for row in features) + run.max_new - 1 > (most := positions(run.model)):
+        raise ValueError(f"--max-new {run.max_new} is too much: the model has {most} positions for prompt and answer")
+    watched = writes and sys.stdout.isatty() and args.format == "tsv" and not args.text
+    live = watched or args.temperature > 0
+    found = write_texts(run, features, args, watched) if live else run.predict(examples, features)
     if args.submission:
         files.write_submission(task, found["answers"], args.submission)
-    elif not (live and watched):  # shown already
+    elif not watched:  # else shown already
         show(task, examples, found, args)
     if all(example.label is not None for example in examples) and task.metrics != ("loss",):
         scores = metrics.score(task, examples, found["answers"])
@@ -153,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if "stdout" in CLOSED and not args.submission:
         parser.error("standard output is closed")
+    if hasattr(sys.stdout, "reconfigure"):  # whatever the console's code page
+        sys.stdout.reconfigure(encoding="utf-8")
     try:
         predict(args)
     except BrokenPipeError:  # | head: whoever reads has seen enough

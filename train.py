@@ -183,11 +183,7 @@ def rate(step: int, total: int, warmup: int, schedule: str) -> float:
 
 def fine_tune(s, command: str, stop: Stop) -> dict:
     """Train as the settings ask and leave the run folder; returns the last evaluation."""
-    if s.compare and not folder.read_run(s.compare)[0]["layers"]:  # now, not after the training
-        raise ValueError(f"--compare {s.compare}: that run has no low-rank update")
-    for path in (s.save_base, s.export_peft, s.export_merged):
-        if path:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    exports.look_ahead(s)
     run = Run.start(s, command)
     print(f"base    {run.base}, {run.count()[1]:,} numbers")
     print(f"task    {run.task.name} from {s.data or 'the generated world'}: {len(run.train):,} training rows, "

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 import data
 from harness import backbones, folder, sealed
 from harness.folder import read_json, write_json
-from harness.methods import METHODS
+from harness.methods import METHODS, NO_FACTORS
 from harness.run import Run, base_fingerprint, build_model, tupled
 from harness.settings import typed
 from model import head_modules
-from reading.files import replace_file, write_text
+from reading.files import read_text, replace_file, write_text
 
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "span": "QUESTION_ANS", "lm": "CAUSAL_LM"}
 PIPELINES = {"SEQ_CLS": "text-classification", "QUESTION_ANS": "question-answering", "CAUSAL_LM": "text-generation"}
@@ -39,6 +39,7 @@ PLAIN = {
     "peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"],
     "megatron_core": ["megatron.core"], "qalora_group_size": [16],
 }  # fmt: skip
+MARK = "In this folder it is loaded and asked by"
 CARD = """---
 base_model: {base}
 library_name: {library}
@@ -54,7 +55,7 @@ tags: [{tags}]
 - task: {task.name}, {task.kind}{labels}
 - data: {rows}
 {scores}{made}
-In this folder it is loaded and asked by
+{mark}
 
 ```python
 {load}
@@ -92,6 +93,28 @@ adapter_config.json.
 """  # fmt: skip
 
 
+def look_ahead(s) -> None:
+    """Before a training, what would fail after it: --compare with a run without factors, places that are not free."""
+    if s.compare and folder.read_run(s.compare)[0]["settings"].method in NO_FACTORS:
+        raise ValueError(f"--compare {s.compare}: that run has no low-rank update")
+    if s.save_base and os.path.exists(s.save_base):
+        sealed.check_base(s.save_base)
+    for path in filter(None, (s.export_peft, s.export_merged)):
+        check_free(path)
+    for path in filter(None, (s.save_base, s.export_peft, s.export_merged)):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+
+
+def check_free(path: str, *taken: str | None) -> None:
+    """ValueError if folder `path` is one of `taken`, or holds something and no README.md of an earlier export."""
+    for other in filter(None, taken):
+        if os.path.realpath(path) == os.path.realpath(other):
+            raise ValueError(f"{path} would be written over: choose another folder")
+    names, card = sorted(os.listdir(path)) if os.path.isdir(path) else [], os.path.join(path, "README.md")
+    if names and not (os.path.exists(card) and MARK in read_text(card)):
+        raise ValueError(f"{path} holds {names[0]} and no README.md of an export: choose another folder, or empty it")
+
+
 @torch.no_grad()
 def export_peft(run: Run, path: str, with_base: bool = False) -> None:
     """Write adapter_config.json, adapter_model.safetensors and what stands beside them.
@@ -102,8 +125,9 @@ def export_peft(run: Run, path: str, with_base: bool = False) -> None:
     """
     model, names, dora = run.model, run.layers, run.settings.method == "dora"
     layers = [model.get_submodule(name) for name in names]
-    if not names or not all(hasattr(layer, "factors") for layer in layers):
+    if run.settings.method in NO_FACTORS and not dora:
         raise ValueError(f"method {run.settings.method} has no low-rank update: PEFT's LoRA cannot hold it")
+    check_free(path, run.settings.out, run.settings.backbone)
     heads = head_modules(model)  # a frozen one too: it was drawn at random
     ranks, state = {}, {}
     for name, layer in zip(names, layers):
@@ -135,7 +159,8 @@ def export_peft(run: Run, path: str, with_base: bool = False) -> None:
         "fan_in_fan_out": any(getattr(layer.base, "was_conv1d", False) for layer in layers),
         "inference_mode": True,
     }
-    os.makedirs(path, exist_ok=True)
+    what = f"A LoRA adapter for PEFT: {len(names)} layers, ranks {min(ranks.values())} to {max(ranks.values())}"
+    write_beside(run, path, what, peft=True, with_base=with_base)
     tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
     file = os.path.join(path, "adapter_model.safetensors")
     with sealed.writing(file):
@@ -143,10 +168,8 @@ def export_peft(run: Run, path: str, with_base: bool = False) -> None:
     write_json(os.path.join(path, "adapter_config.json"), adapter)
     facts = {"task": dataclasses.asdict(run.task), "max_length": run.settings.max_length, "max_new": run.max_new}
     write_json(os.path.join(path, "task.json"), {**facts, "base": run.fingerprint, "dtype": run.settings.dtype})
-    what = f"A LoRA adapter for PEFT: {len(names)} layers, ranks {min(ranks.values())} to {max(ranks.values())}"
     if with_base:
         write_base(run, os.path.join(path, "base"))
-    write_beside(run, path, what, peft=True, with_base=with_base)
     print(f"PEFT adapter in {path}: {len(names)} layers, ranks {min(ranks.values())} to {max(ranks.values())}")
 
 
@@ -163,12 +186,13 @@ def write_base(run: Run, path: str) -> None:
 
 def export_merged(run: Run, path: str) -> None:
     """Fold every dW into its weight and write a checkpoint for `from_pretrained`; the run's model is changed by it."""
+    check_free(path, run.settings.out, run.settings.backbone)
     if run.layers:
         run.method.merge(run.model)
     backbones.delinearize(run.model)
+    write_beside(run, path, "A whole checkpoint, the update folded into the weights", peft=False)
     with sealed.writing(path):
         run.model.save_pretrained(path)
-    write_beside(run, path, "A whole checkpoint, the update folded into the weights", peft=False)
     print(f"merged checkpoint in {path}")
 
 
@@ -176,9 +200,8 @@ def export_merged(run: Run, path: str) -> None:
 
 
 def write_beside(run: Run, path: str, what: str, peft: bool, with_base: bool = False) -> None:
-    """The tokenizer, and README.md: what it is, base, task, metrics, command, and the Python that loads it and predicts."""
-    with sealed.writing(path):
-        run.tokenizer.source.save_pretrained(path)  # type: ignore[union-attr]
+    """README.md first, for it marks the folder as an export's: what it is, base, task, metrics, command, and the Python that
+    loads it and predicts; and the tokenizer."""
     s, task, file = run.settings, run.task, os.path.join(run.settings.out or "", "metrics.jsonl")
     name, fit, scores = backbones.CLASSES[task.kind], "", ""
     imports = f"from transformers import {name}, AutoTokenizer"
@@ -195,6 +218,7 @@ def write_beside(run: Run, path: str, what: str, peft: bool, with_base: bool = F
         scores = "".join(f"| {key} | {row[key]:.4f} |\n" for key in ("dev_loss", *task.metrics) if key in row)
         scores = scores and f"\nAfter step {row['step']}, on the development rows:\n\n| metric | value |\n|---|--:|\n{scores}"
     text = CARD.format(
+        mark=MARK,
         base=json.dumps(s.backbone), library="peft" if peft else "transformers", pipeline=PIPELINES[TASK_TYPES[task.kind]],
         tags=", ".join({s.method: 0} | ({"lora": 0} if peft else {})), task=task, method=s.method, what=what,
         words=METHODS[s.method][1],
@@ -204,7 +228,10 @@ def write_beside(run: Run, path: str, what: str, peft: bool, with_base: bool = F
         rows=os.path.basename(os.path.normpath(s.data)) if s.data else "generated",
         load=LOAD.format(imports=imports, name=name, fit=fit, dtype="bfloat16" if s.dtype == "bf16" else "float32"),
     )  # fmt: skip
+    os.makedirs(path, exist_ok=True)
     write_text(os.path.join(path, "README.md"), text)
+    with sealed.writing(path):
+        run.tokenizer.source.save_pretrained(path)  # type: ignore[union-attr]
 
 
 def ask(run: Run) -> str:

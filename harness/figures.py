@@ -410,17 +410,16 @@ def redraw(out: str) -> list[str]:
     run = Run.open(out)
     run.settings.out = out
     folder.finished(out)
-    rows = []
-    for name in ("metrics.jsonl", "layers.jsonl"):
-        with open(os.path.join(out, name), encoding="utf-8") as file:
-            rows.append([json.loads(line) for line in file])
+    history = folder.evaluations(out)
+    with open(os.path.join(out, "layers.jsonl"), encoding="utf-8") as file:
+        layers = [json.loads(line) for line in file]
     compared = None
     if other := run.settings.compare:
         theirs = Run.open(other).model
         factors = {name: theirs.get_submodule(name).factors() for name in run.layers}
         compared = other, {name: (P @ Q).detach() for name, (P, Q) in factors.items()}
     before = {name for name in folder.written(out) if name.endswith(".png")}
-    drawn = draw(run, folder.Progress(history=rows[0], layers=rows[1]), compared)
+    drawn = draw(run, folder.Progress(history=history, layers=layers), compared)
     for name in before - set(drawn):
         os.remove(os.path.join(out, name))
     return drawn

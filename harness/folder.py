@@ -298,6 +298,15 @@ def finish(run, progress: Progress) -> None:
     write_json(os.path.join(out, "config.json"), config)
 
 
+def evaluations(out: str) -> list[dict]:
+    """The rows of metrics.jsonl. ValueError where there is none, as in a run made of an adapter from elsewhere."""
+    with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    if not rows:
+        raise ValueError(f"{out} has no evaluation to show: its adapter was trained elsewhere")
+    return rows
+
+
 def finished(out: str) -> dict:
     """config.json of a run that finished and whose tables are as it left them. ValueError in one line."""
     config = read_config(out)

@@ -36,7 +36,8 @@ def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Call
     def pick(logits):
         if temperature == 0:
             return int(logits.argmax())
-        p, order = (logits.cpu() / temperature).softmax(-1).sort(descending=True, stable=True)
+        logits = logits.cpu().double()  # the largest at 0: none is infinite at a temperature near 0
+        p, order = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True, stable=True)
         p[p.cumsum(-1) - p >= top_p] = 0.0  # what stood before it is enough without it
         return int(order[torch.multinomial(p, 1, generator=generator)])
 

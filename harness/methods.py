@@ -56,6 +56,9 @@ BACKBONE_RATES = {
     "head": (1e-3, "that of the head beside any method"),
 }
 
+# Methods whose update is no product P Q of thin factors (DoRA's goes to PEFT as DoRA), and that cannot be merged.
+NO_FACTORS, NO_MERGE = ("dora", "houlsby", "pfeiffer", "full", "bitfit", "head"), ("houlsby", "pfeiffer")
+
 # Method options whose natural default is a share of the run: in words, and as a function of (warm-up steps, all steps).
 FROM_RUN = {
     "t0": ("the warm-up steps", lambda warmup, total: warmup),

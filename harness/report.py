@@ -5,7 +5,6 @@
 
 import base64
 import html
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -80,8 +79,7 @@ def write(out: str) -> str:
     """Write report.html of the finished run in `out`, from what is in that folder; returns its path."""
     config = folder.finished(out)
     s, task = config["settings"], config["task"]
-    with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as file:
-        history = [json.loads(line) for line in file]
+    history = folder.evaluations(out)
     names = {name for name in os.listdir(out) if name.endswith(".png")}
     names = [n for n in FIRST if n in names] + sorted(names - {*FIRST, *LATER}) + [n for n in LATER if n in names]
     headline = next((name for name in task["metrics"] if name in history[-1]), "dev_loss")

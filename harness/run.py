@@ -9,6 +9,7 @@
 Training, predicting, exporting and the benches all use it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -75,7 +76,7 @@ class Run:
         return run
 
     def features(self, examples: Sequence[data.Example]) -> list[dict]:
-        return data.features(self.task, examples, self.tokenizer, self.settings.max_length)
+        return data.features(self.task, examples, self.tokenizer, self.settings.max_length, self.max_new)
 
     @functools.cached_property
     def train_features(self) -> list[dict]:
@@ -110,8 +111,6 @@ class Run:
             extra["plan"] = self.plan = self.calibrate(targets, **extra)  # type: ignore[assignment]
         self.layers = method.inject(self.model, targets, **extra, **methods.accepted(method.inject, s.options))
         self.train_head()
-        if not self.layers and (s.compare or s.export_peft):
-            raise ValueError(f"method {s.method} has no low-rank update for --compare or --export-peft")
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(f"nothing to train: method {s.method} with --freeze-head")
 
@@ -323,6 +322,8 @@ def load_task(s: Settings) -> tuple[data.Task, list[data.Example], list[data.Exa
         template = s.template if s.template in (None, "chat") else instructions.read_template(s.template)
         task = replace(task, columns=columns, template=template or "", metrics=(s.score or task.metrics[0],))
         return task, *split(s, data.load(task, s.data), data.load(task, s.dev) if s.dev else None)
+    if s.data and os.path.isfile(s.data):  # which has no splits
+        return task, *split(s, data.load(task, s.data), None)
     train, dev = (data.load(task, s.data, split) for split in ("train", "dev"))
     return task, train[: s.rows], dev
 
@@ -343,10 +344,8 @@ def build_model(s: Settings, task: data.Task) -> tuple[torch.nn.Module, data.Tok
     if s.backbone:
         dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
         model, tokenizer = backbones.load(s.backbone, task.kind, task.labels, dtype)
-        places = getattr(model.config, "max_position_embeddings", None) or math.inf
-        places -= 2 * ("roberta" in model.config.model_type)  # which counts positions from 2
-        if s.max_length > places:
-            raise ValueError(f"--max-length {s.max_length} is more than the backbone's {places} positions")
+        if s.max_length > (most := positions(model)):
+            raise ValueError(f"--max-length {s.max_length} is more than the backbone's {most} positions")
         return model, data.Tokenizer(tokenizer), s.backbone
     words = os.path.join(ASSETS, "tokenizer.json")
     sealed.check(words)
@@ -363,7 +362,15 @@ def build_model(s: Settings, task: data.Task) -> tuple[torch.nn.Module, data.Tok
     model = modelling.load_base(path, kind, len(task.labels))
     if model.config.causal < causal:
         raise ValueError(f"{path} is an encoder, task {task.name} needs a decoder: --backbone, --base or --scratch")
-    return model, tokenizer, os.path.relpath(path)
+    with contextlib.suppress(ValueError):  # Windows: there is no way from one drive to another
+        path = os.path.relpath(path)
+    return model, tokenizer, path
+
+
+def positions(model: torch.nn.Module) -> float:
+    """How many tokens the model has positions for."""
+    most = getattr(model.config, "max_position_embeddings", None) or math.inf
+    return most - 2 * ("roberta" in getattr(model.config, "model_type", ""))  # which counts them from 2
 
 
 def base_of(s: Settings) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import data
-from harness.methods import BACKBONE_RATES, FROM_RUN, METHODS, ONLY_WITH, options, takes_targets
+from harness.methods import BACKBONE_RATES, FROM_RUN, METHODS, NO_FACTORS, NO_MERGE, ONLY_WITH, options, takes_targets
 
 # Passes over the rows of a generated task, where not EPOCHS: chosen with LoRA alone, on seed 100 (bench/rates.md).
 EPOCHS = 6
@@ -361,9 +361,10 @@ def parse(argv: Sequence[str], description: str | None = None) -> Settings:
     settings = Settings(**values, options=defaults | given)
     try:
         check(settings)
+        fill_in(settings)
+        apart(settings)
     except ValueError as e:
         parser.error(str(e))
-    fill_in(settings)
     return settings
 
 
@@ -395,10 +396,26 @@ def check(s: Settings) -> None:
         raise ValueError("--text goes with --data FILE and --label COLUMN")
     if s.text is not None and s.label in s.text:
         raise ValueError(f"--label {s.label} is among the columns of --text: the answer would stand in the question")
-    if s.dev and os.path.realpath(s.dev) == os.path.realpath(s.data):
+    if s.dev and s.data and os.path.realpath(s.dev) == os.path.realpath(s.data):
         raise ValueError("--dev is the same file as --data: the development score would be of rows trained on")
     if s.text is not None and s.task is not None:
         raise ValueError("--task is for known tasks: with --text the task comes from your file")
+    if s.text is None and s.task is None:
+        s.task = "cola"
+    if s.data is None and s.task not in data.GENERATED:
+        raise ValueError(f"task {s.task} needs --data DIR (generated are: {', '.join(data.GENERATED)})")
+    check_model(s)
+    for name in ("base", "backbone", "data", "dev"):  # so that the run folder can be used from anywhere
+        path = getattr(s, name)
+        if path and os.path.exists(path):
+            setattr(s, name, os.path.abspath(path))
+    for name, value in (("warmup", s.warmup), ("betas", max(s.betas))):
+        if value >= 1:
+            raise ValueError(f"--{name} {value} is not below 1")
+
+
+def check_model(s: Settings) -> None:
+    """Refuse flags of the model, the method and what is written at the end that do not go together."""
     if s.dtype == "bf16":
         if not s.backbone:
             raise ValueError("--dtype bf16 goes with --backbone: the tiny bases are small in float32")
@@ -410,12 +427,16 @@ def check(s: Settings) -> None:
         s.precision = "bf16"
     if s.fast and s.compile:
         raise ValueError("--fast does not go with --compile, which joins the operations of a layer itself")
-    if s.text is None and s.task is None:
-        s.task = "cola"
-    if s.data is None and s.task not in data.GENERATED:
-        raise ValueError(f"task {s.task} needs --data DIR (generated are: {', '.join(data.GENERATED)})")
     if s.backbone and (s.base or s.scratch):
         raise ValueError("--backbone is a model of its own: leave --base and --scratch out")
+    if not s.scratch and any(getattr(s, key) != getattr(Settings, key) for key in ("width", "depth", "heads", "hidden")):
+        raise ValueError("--width, --depth, --heads and --hidden go with --scratch")
+    if s.resume and s.overwrite:
+        raise ValueError("--resume goes on with the run that --overwrite replaces: leave one out")
+    if s.method in NO_FACTORS and (s.compare or s.export_peft and s.method != "dora"):
+        raise ValueError(f"method {s.method} has no low-rank update for --compare or --export-peft")
+    if s.method in NO_MERGE and (s.save_base or s.export_merged):
+        raise ValueError(f"method {s.method} cannot be merged: leave --save-base and --export-merged out")
     if s.scratch and s.base:
         raise ValueError("--scratch draws the weights, --base reads them: leave one out")
     if (s.targets or s.exclude) and not takes_targets(s.method):
@@ -428,13 +449,17 @@ def check(s: Settings) -> None:
         raise ValueError("--export-peft and --export-merged need --backbone: the tiny base is no Hugging Face model")
     if s.save_base and s.backbone:
         raise ValueError("--save-base is for our own transformer: a backbone goes out with --export-merged")
-    for name in ("base", "backbone", "data", "dev"):  # so that the run folder can be used from anywhere
-        path = getattr(s, name)
-        if path and os.path.exists(path):
-            setattr(s, name, os.path.abspath(path))
-    for name, value in (("warmup", s.warmup), ("betas", max(s.betas))):
-        if value >= 1:
-            raise ValueError(f"--{name} {value} is not below 1")
+
+
+def apart(s: Settings) -> None:
+    """Refuse a place to write to that another flag names."""
+    written, seen = ("out", "save_base", "export_peft", "export_merged"), {}
+    for name in ("data", "dev", "template", "backbone", "base", "compare", *written):
+        if path := getattr(s, name):
+            other = seen.setdefault(os.path.realpath(path), name)
+            if other != name and name in written:
+                flags = (word.replace("_", "-") for word in (name, other))
+                raise ValueError("--{} and --{} are the same place: it would be written over".format(*flags))
 
 
 def fill_in(s: Settings) -> None:

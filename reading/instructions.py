@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from reading import files
 from reading.files import Example, bad, brief
@@ -31,10 +32,12 @@ class Chat(Example):
 
 
 def read(
-    path: str | files.Path, prompt: Sequence[str] = (), answer: str | None = None, template: str = "", labelled: bool = True
-) -> list[Example]:
+    path: str | files.Path, prompt: Sequence[str] = (), answer: str | None = None, template: str = "", labelled: bool = True,
+    choosing: bool = False,
+) -> list[Example]:  # fmt: skip
     """Chats of a file. `prompt` and `answer` name columns (default: what KNOWN or CHATS finds in the first row);
-    `template` has the columns' names in braces, "" joins them line by line. Without `labelled` the answer may be missing."""
+    `template` has the columns' names in braces, "" joins them line by line. Without `labelled` the answer may be missing;
+    with `choosing` each row has `options`, a list of texts."""
     rows = rows_of(path)
     first = rows[0][1]
     chat = next((key for key in CHATS if key in first), None) if not prompt else None
@@ -43,17 +46,18 @@ def read(
         if prompt is None:
             raise bad(path, rows[0][0], f"no column of prompts is known among {brief(', '.join(first), 200)}: "
                       "name them with --prompt, --answer")  # fmt: skip
-        prompt = tuple(name for name in prompt if name in first)
+        rows = [(line, {**dict.fromkeys(prompt[1:], ""), **row}) for line, row in rows]  # an `input` is there where it is needed
     examples = []
     for i, (line, row) in enumerate(rows):
         turns = chat_turns(path, line, row, chat) if chat else column_turns(path, line, row, prompt, answer, template)
         label = turns.pop()[1] if turns[-1][0] == "assistant" else None
         if label is None and labelled:
             raise bad(path, line, "there is no answer to learn from")
-        options = row.get("options", ())
-        if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
+        options: Any = row.get("options")
+        fits = isinstance(options, list) and all(isinstance(option, str) for option in options)
+        if choosing and not (fits and options):
             raise bad(path, line, f"'options' is {brief(options)}, expected a list of texts")
-        examples.append(Chat(str(row.get("id", i)), tuple(turns), label, tuple(options)))
+        examples.append(Chat(str(row.get("id", i)), tuple(turns), label, tuple(options) if fits else ()))
     return examples  # type: ignore[return-value]
 
 
@@ -107,7 +111,7 @@ def chat_turns(path: str | files.Path, line: int, row: dict, key: str) -> list[t
         raise bad(path, line, f"{key!r} is {brief(listed)}, expected a list of turns")
     turns = []
     for n, turn in enumerate(listed, 1):
-        role = ROLES.get(turn.get(role_key))
+        role = ROLES.get(str(turn.get(role_key)))
         if role is None:
             raise bad(path, line, f"turn {n}: {role_key!r} is {brief(turn.get(role_key))}, expected one of {', '.join(ROLES)}")
         due = "user" if not turns or turns[-1][0] != "user" else "assistant"
@@ -126,18 +130,20 @@ def words(path: str | files.Path, line: int, row: dict, name: str) -> str:
 
 def read_template(path: str | files.Path) -> str:
     """The text of a template's file, with column names in braces; the line end at its end is none of it."""
-    text = files.read_text(path).removesuffix("\n")
+    text = files.read_text(path).replace("\r\n", "\n").removesuffix("\n")
     if not re.search(r"\{\w+\}", text):
         raise ValueError(f"{path}: no column in braces, as {{instruction}}")
     return text
 
 
-def encode(examples: Sequence[Example], tokenizer, max_length: int, chat: bool = False) -> list[dict]:
+def encode(examples: Sequence[Example], tokenizer, max_length: int, chat: bool = False, room: int = 0) -> list[dict]:
     """Rows for the model: input_ids, `learn` (which tokens are of an answer, its end included), `prompt` (tokens before the
     last answer) and `cut` (whether something did not fit).
 
     Without `chat` the turns stand on lines of their own where the tokenizer ends no text, and an answer ends with sep_id.
-    With it the tokenizer's own chat template frames them. A prompt that is too long loses its beginning, an answer its end.
+    With it the tokenizer's own chat template frames them. A prompt that leaves no `room` for an answer loses its beginning,
+    an answer that does not fit its end. `room`, in tokens, is the same for all, so that what is asked does not depend on what
+    would be right; 0: that of the longest answer here, half of max_length at most.
     """
     pieces = [framed(example, tokenizer) if chat else plain(example) for example in examples]
     texts = [text for parts in pieces for text, _ in parts]
@@ -158,16 +164,17 @@ def encode(examples: Sequence[Example], tokenizer, max_length: int, chat: bool =
                 part = part + newline * (bool(ids) and not chat)
             ids, learn = ids + part, learn + [answer] * len(part)
         start = start if parts[-1][1] else len(ids)
-        rows.append(fitted(ids, learn, start, max_length))
-    return rows
+        rows.append((ids, learn, start))
+    room = room or max((len(ids) - start for ids, _, start in rows), default=0)
+    return [fitted(*row, max_length, min(room, max_length // 2)) for row in rows]
 
 
-def fitted(ids: list[int], learn: list[bool], start: int, max_length: int) -> dict:
-    """The row in max_length places: the beginning goes until it fits or the last answer has half the places, then the end."""
-    over = max(len(ids) - max_length, 0)
-    drop = min(max(start - max_length // 2, 0), over)
+def fitted(ids: list[int], learn: list[bool], start: int, max_length: int, room: int) -> dict:
+    """The row in max_length places: the prompt without what does not fit of its beginning, the answer of its end."""
+    drop = max(start - (max_length - room), 0)
+    cut = drop > 0 or len(ids) > max_length
     ids, learn = (values[drop:][:max_length] for values in (ids, learn))
-    return {"input_ids": ids, "learn": learn, "prompt": start - drop, "token_type_ids": None, "cut": over > 0}
+    return {"input_ids": ids, "learn": learn, "prompt": start - drop, "token_type_ids": None, "cut": cut}
 
 
 def plain(example: Example) -> list[tuple[str, bool]]:
@@ -188,7 +195,10 @@ def framed(example: Example, tokenizer) -> list[tuple[str, bool]]:
         if message["role"] == "system":
             continue
         answer = message["role"] == "assistant"
-        text = source.apply_chat_template(messages[: n + 1], tokenize=False, add_generation_prompt=not answer)
+        try:
+            text = source.apply_chat_template(messages[: n + 1], tokenize=False, add_generation_prompt=not answer)
+        except Exception as e:  # jinja2's, or what the template's own raise_exception says
+            raise ValueError(f"--template chat: the tokenizer's template does not take row {example.id}: {e}") from None
         if not text.startswith(before):
             raise ValueError("--template chat: the tokenizer's template changes earlier turns when a turn is added")
         pieces.append((text[len(before) :], answer))

@@ -20,7 +20,7 @@ import data  # noqa: E402
 import export  # noqa: E402
 import predict  # noqa: E402
 import train  # noqa: E402
-from harness import backbones, exports, folder  # noqa: E402
+from harness import backbones, exports, figures, folder, report  # noqa: E402
 from harness.run import Run, base_fingerprint  # noqa: E402
 from harness.run import build_model as build  # noqa: E402
 from harness.settings import Settings, in_words  # noqa: E402
@@ -181,6 +181,32 @@ def test_from_the_command_line_while_training_and_afterwards(folders, csv, tmp_p
         assert loaded.config.id2label == {0: "no", 1: "yes"}
 
 
+def test_an_export_writes_over_nothing_but_an_earlier_export(folders, csv, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(folders["roberta"], base)
+    argv = ["--backbone", str(base), "--data", csv, "--text", "text", "--label", "label", "--method", "lora"]
+    argv += "--max-length 32 --epochs 1 --no-figures --device cpu".split()
+    assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("my notes")
+    for kind in ("--peft", "--merged"):
+        for place, words in [
+            ("run", "would be written over"),
+            ("base", "would be written over"),
+            ("mine", "holds README.md and no"),
+        ]:
+            before = {file: file.read_bytes() for file in (tmp_path / place).rglob("*") if file.is_file()}
+            capsys.readouterr()
+            assert export.main([str(tmp_path / "run"), kind, str(tmp_path / place)]) == 2
+            err = capsys.readouterr().err
+            assert words in err and err.count("\n") == 1
+            assert before == {file: file.read_bytes() for file in (tmp_path / place).rglob("*") if file.is_file()} != {}
+        for _ in range(2):
+            assert export.main([str(tmp_path / "run"), kind, str(tmp_path / kind[2:])]) == 0
+    assert train.main([*argv, "--out", str(tmp_path / "other"), "--export-peft", str(tmp_path / "mine")]) == 2
+    assert "holds README.md and no README.md of an export" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("size", [100, 5_000])
 def test_an_export_to_a_full_disk_is_one_line(folders, tmp_path, size):
     run = trained(folders["roberta"], "lora")
@@ -198,6 +224,10 @@ def test_mistakes_end_in_one_line(csv, tmp_path, capsys):
         assert export.main([str(out), "--peft", "x"]) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
+    for flags in (["--backbone", "x"], ["--task", "cola"], ["--labels", "a", "b"]):
+        with pytest.raises(SystemExit) as stop:
+            export.main(["run", "--peft", "x", *flags])
+        assert stop.value.code == 2 and f"{flags[0]} goes with --from-peft" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         export.main(["run"])
     assert stop.value.code == 2 and "give --peft DIR or --merged DIR" in capsys.readouterr().err
@@ -400,6 +430,9 @@ def test_a_lora_goes_to_peft_and_comes_back(folders, tmp_path, capsys):
     assert export.main([out, "--peft", str(tmp_path / "a")]) == 0
     assert export.main([new, "--from-peft", str(tmp_path / "a"), "--peft", str(tmp_path / "b")]) == 0
     assert Run.open(new).settings.options == {"rank": 3, "alpha": 3.0, "dropout": 0.0}
+    for page in (report, figures):  # such a run has no evaluation
+        capsys.readouterr()
+        assert page.main([new]) == 2 and "has no evaluation to show" in capsys.readouterr().err
     rows = data.load(Run.open(new).task, str(tmp_path / "rows.csv"), "test")
     before, after = (torch.tensor(Run.open(place).predict(rows)["probabilities"]) for place in (out, new))
     assert (before - after).abs().max() < BOUND

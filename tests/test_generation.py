@@ -97,9 +97,9 @@ def texts(run, monkeypatch, capsys, *more, terminal=False):
     capsys.readouterr()
     if terminal:
         monkeypatch.setattr(sys, "stdout", Terminal())
-    assert predict.main([str(run), "-", "--format", "jsonl", *more]) == 0
-    if terminal:
+        assert predict.main([str(run), "-", *more]) == 0
         return sys.stdout.getvalue().splitlines()
+    assert predict.main([str(run), "-", "--format", "jsonl", *more]) == 0
     return [json.loads(line)["prediction"] for line in capsys.readouterr().out.splitlines()]
 
 
@@ -115,6 +115,24 @@ def test_predict_answers_prompts_of_standard_input_and_streams_on_a_terminal(run
     assert max(len(tokenizer.encode([(text,)])[0]["input_ids"]) - 2 for text in longer) > 5
     monkeypatch.undo()
     assert texts(run, monkeypatch, capsys, terminal=True) == plain
+    monkeypatch.undo()
+    shown = texts(run, monkeypatch, capsys, "--format", "jsonl", terminal=True)  # a layout that was asked for is kept
+    assert [json.loads(line)["prediction"] for line in shown] == plain
+
+
+def test_draws_near_temperature_0_are_the_likeliest_and_wrong_shares_are_one_line(run, monkeypatch, capsys):
+    logits = torch.tensor([300.0, -200.0, 301.0, 0.0])
+    for temperature in (1e-3, 1e-40, 1e-300):
+        assert [generation.sampler(temperature)(logits) for _ in range(3)] == [2, 2, 2]
+    for flags, words in [
+        (["--temperature", "1", "--top-p", "0"], "--top-p 0 is not above 0 and at most 1"),
+        (["--temperature", "1", "--top-p", "1.5"], "--top-p 1.5 is not above 0 and at most 1"),
+        (["--top-p", "0.9"], "--top-p and --seed are of draws, which --temperature 0 makes none of"),
+        (["--seed", "1"], "--top-p and --seed are of draws"),
+    ]:
+        assert predict.main([str(run), "-", *flags]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("predict.py: error: ") and words in err and err.count("\n") == 1
 
 
 def test_flags_of_text_are_refused_where_no_text_is_written(tmp_path, capsys):

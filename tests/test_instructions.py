@@ -62,6 +62,36 @@ def test_named_columns_a_template_and_options(tmp_path):
     assert [e.text[0][1] for e in found] == ["Q: one (1)\nA:", "Q: two ()\nA:"]
 
 
+def test_an_input_is_read_wherever_it_is_and_options_only_where_they_are_chosen_among(tmp_path):
+    rows = [{"instruction": "Say", "output": "a"},
+            {"instruction": "Say", "input": "THE WORD", "output": "b", "options": "no list"},
+            {"instruction": "Say", "input": "", "output": "c", "options": None}]  # fmt: skip
+    found = instructions.read(written(tmp_path / "f.jsonl", rows))
+    assert [(e.text[0][1], e.options) for e in found] == [("Say", ()), ("Say\nTHE WORD", ()), ("Say", ())]
+
+
+def test_a_template_with_windows_line_ends_is_the_same(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"Q: {q}\r\nA:\r\n")
+    assert instructions.read_template(tmp_path / "t.txt") == "Q: {q}\nA:"
+
+
+def test_how_a_prompt_is_cut_does_not_depend_on_its_answer():
+    tokenizer, task = data.Tokenizer(), data.TASKS["sft"]
+    answers, prompt = ["old", "it is old", "the dog is old . " * 3, None], "who sings ? " * 20
+    examples = [instructions.Chat("0", (("user", prompt),), answer) for answer in answers]
+    whole = tokenizer.encode([(prompt,)])[0]["input_ids"]
+    for rows in (
+        data.features(task, examples, tokenizer, 32),
+        [data.features(task, [e], tokenizer, 32, 14)[0] for e in examples],
+    ):
+        prompts = [row["input_ids"][: row["prompt"]] for row in rows]
+        assert all(found == prompts[0] for found in prompts) and prompts[0] == whole[-len(prompts[0]) :]
+        assert all(row["cut"] for row in rows) and all(len(row["input_ids"]) <= 32 for row in rows)
+    assert len(prompts[0]) == 32 - 14
+    longest = max(len(row["input_ids"]) - row["prompt"] for row in data.features(task, examples, tokenizer, 1000))
+    assert data.features(task, examples, tokenizer, 32)[0]["prompt"] == 32 - min(longest, 16)
+
+
 @pytest.mark.parametrize(
     "text, more, words",
     [
@@ -70,7 +100,12 @@ def test_named_columns_a_template_and_options(tmp_path):
         ('{"query": "x", "response": "y"}\n{"query": 3, "response": "y"}', {}, ":2: 'query' is 3, expected a text"),
         ('{"query": "x", "response": "y"}\n{"response": "y"}', {}, ":2: no 'query'; found: 'response'"),
         ('{"query": "", "response": "y"}', {}, ":1: the prompt (query) is empty"),
-        ('{"query": "x", "response": "y", "options": "ab"}', {}, ":1: 'options' is 'ab', expected a list of texts"),
+        ('{"query": "x", "response": "y", "options": "ab"}', {"choosing": True},
+         ":1: 'options' is 'ab', expected a list of texts"),
+        ('{"query": "x", "response": "y"}', {"choosing": True}, ":1: 'options' is None, expected a list of texts"),
+        ('{"query": "x", "response": "y", "options": []}', {"choosing": True}, ":1: 'options' is [], expected a list of texts"),
+        ('{"messages": [{"role": ["user"], "content": "x"}]}', {},
+         ":1: turn 1: 'role' is ['user'], expected one of system, user, human, assistant, gpt"),
         ('[{"query": "x", "response": "y"},\n\n {"query": "x", "response": 1}]', {}, ":3: 'response' is 1, expected a text"),
         ('[{"query": "x", "response": "y"},\n {"query": }]', {}, ":2: not JSON: Expecting value"),
         ('[{"query": "x", "response": "y"}', {}, ":1: the list does not end behind its last row"),
@@ -166,7 +201,7 @@ def test_a_run_learns_answers_predicts_them_and_resumes_its_layout(tmp_path, cap
     assert found == list(animals.values())
 
 
-def test_among_options_the_likeliest_is_chosen(tmp_path):
+def test_among_options_the_likeliest_is_chosen(tmp_path, capsys):
     rng = random.Random(1)
     rows = [{"query": f"is {n} even ?", "response": "yes it is" if n % 2 == 0 else "no", "options": ["yes it is", "no"]}
             for n in rng.choices(range(4), k=120)]  # fmt: skip
@@ -184,6 +219,8 @@ def test_among_options_the_likeliest_is_chosen(tmp_path):
             p = run.model(ids).log_softmax(-1)[0]
             sums.append(sum(p[t - 1, row["input_ids"][t]].item() for t in range(row["prompt"], len(row["input_ids"]))))
         assert answer == e.options[sums.index(max(sums))] and abs(sums[0] - sums[1]) > 0.1
+    assert predict.main([str(tmp_path / "run"), "-"]) == 2
+    assert "chooses among a row's options, which a line of standard input has not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -247,6 +284,49 @@ def test_llama_trains_predicts_and_writes_the_same_tokens_from_peft(llama, tmp_p
     untrained = answers(base)
     adapted = answers(peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval())
     assert found == adapted != untrained and found.count(found[0]) < len(found)
+    longest, places = max(row["prompt"] for row in rows), base.config.max_position_embeddings
+    capsys.readouterr()
+    assert predict.main([str(out), path, "--max-new", str(places - longest + 1)]) == 0
+    capsys.readouterr()
+    assert predict.main([str(out), path, "--max-new", str(places - longest + 2)]) == 2
+    assert f"is too much: the model has {places} positions for prompt and answer" in capsys.readouterr().err
+
+
+def test_a_long_prompt_leaves_its_answer_room_among_the_models_positions(tmp_path):
+    pytest.importorskip("transformers")
+    from test_backbones import build_model, build_tokenizer
+
+    build_model("gpt2").save_pretrained(tmp_path / "gpt2")  # 40 learned positions, none after them
+    build_tokenizer("gpt2").save_pretrained(tmp_path / "gpt2")
+    rows = [{"query": "w3 " * 60, "response": "w4"}, *[{"query": "w3", "response": "w5 " * 30}] * 9]
+    path = written(tmp_path / "f.jsonl", rows)
+    argv = [
+        "--task",
+        "sft",
+        "--data",
+        path,
+        "--dev",
+        written(tmp_path / "dev.jsonl", rows[:3]),
+        "--max-length",
+        "40",
+        "--epochs",
+        "1",
+    ]
+    argv += [
+        "--backbone",
+        str(tmp_path / "gpt2"),
+        "--method",
+        "lora",
+        "--no-figures",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert train.main(argv) == 0
+    run = Run.open(str(tmp_path / "run"))
+    prompts = [row["prompt"] for row in run.features(data.load(run.task, path))]
+    assert run.max_new == 20 and max(prompts) == 20
 
 
 def test_a_chat_template_frames_the_turns_and_its_marks_are_one_token(llama, tmp_path):
@@ -262,6 +342,9 @@ def test_a_chat_template_frames_the_turns_and_its_marks_are_one_token(llama, tmp
     #              <s> user w6 </s> <s> assistant | w7 w8 </s> | <s> user w9 </s> </s> <s> assistant | w10 </s>
     assert row["input_ids"] == [1, 4, 6, 2, 1, 5, 7, 8, 2, 1, 4, 9, 2, 2, 1, 5, 10, 2]
     assert [i for i in row["labels"] if i != data.IGNORED] == [7, 8, 2, 10, 2] and row["prompt"] == 16
+    source.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(ValueError, match="--template chat: the tokenizer's template does not take row 0: no system here"):
+        data.features(replace(task, template="chat"), [chat], tokenizer, 64)
     plain = data.features(task, [chat], tokenizer, 64)[0]
     assert 2 not in plain["input_ids"][:3] and plain["input_ids"] != row["input_ids"]
 

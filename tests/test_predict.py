@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,3 +123,7 @@ def test_mistakes_end_in_one_line(runs, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Input("one text\tand another\nonly one\n"))
     assert predict.main([str(runs / "pairs"), "-"]) == 2
     assert "<stdin>:2: 1 texts, expected two texts with a tab between them" in capsys.readouterr().err
+    opened = SimpleNamespace(task=data.TASKS["clm"], settings=SimpleNamespace(threads=None))
+    monkeypatch.setattr(Run, "open", lambda *_: opened)
+    assert predict.main(["run", "-"]) == 2
+    assert "task clm is text to train on: there is nothing to predict" in capsys.readouterr().err

@@ -109,6 +109,9 @@ def test_any_value_becomes_harmless_text():
 
 
 def test_what_cannot_be_reported_is_said_in_one_line(out, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="has no evaluation to show: its adapter was trained elsewhere"):
+        folder.evaluations(str(tmp_path))
     assert report.main(["-h"]) == 2 and "usage: python -m harness.report RUN" in capsys.readouterr().err
     assert report.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"report: error: {tmp_path} is not a run folder: it has no config.json\n"

@@ -9,7 +9,7 @@ from short import METHODS, TINY, go
 
 import data
 import train
-from harness import folder
+from harness import figures, folder, methods
 from harness import run as running
 from harness.run import Run
 from harness.settings import Settings, parse
@@ -114,3 +114,25 @@ def test_calibrating_shows_a_bar_over_samples_and_one_over_layers(csv, tmp_path,
     run = Run.start(parse([*argv, "--method", method, "--rank", "4", "--samples", "5"]))
     run.adapt()
     assert bars == [["calibrating", 5, 5], ["initialising", 6, 6]]
+
+
+def test_of_a_known_task_in_one_file_a_tenth_is_held_out(tmp_path):
+    words = [f"a film {i}\t{i % 2}" for i in range(40)]
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *words]) + "\n")
+    _, train_rows, dev = running.load_task(parse(["--task", "sst2", "--data", str(tmp_path / "train.tsv")]))
+    texts = [{example.text for example in rows} for rows in (train_rows, dev)]
+    assert [len(rows) for rows in texts] == [36, 4] and not texts[0] & texts[1]
+
+
+def test_what_has_no_factors_and_cannot_be_merged_is_named_so(csv, tmp_path):
+    for method in METHODS:
+        run = Run.start(parse(["--data", csv, "--text", "text", "--label", "label", *TINY, "--method", method,
+                               *["--rank", "4"] * (method == "tlora")]))  # fmt: skip
+        run.adapt()
+        layers = [run.model.get_submodule(name) for name in run.layers]
+        assert (bool(layers) and all(map(figures.low_rank, layers))) == (method not in methods.NO_FACTORS), method
+        if method in methods.NO_MERGE:
+            with pytest.raises(ValueError, match="cannot be merged"):
+                run.method.merge(run.model)
+        elif layers:
+            assert run.method.merge(run.model) == run.layers

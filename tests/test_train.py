@@ -244,10 +244,11 @@ def test_compare_gives_the_cosine_of_each_layers_update(csv, tmp_path, capsys):
 
 
 def test_flags_that_matter_at_the_end_are_checked_at_the_start(csv, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
     for more, words in [
         (["--compare", tmp_path / "nothing"], "is not a run folder"),
-        (["--method", "head", "--compare", tmp_path / "run"], "method head has no low-rank update"),
         (["--method", "lora", "--compare", tmp_path / "head"], f"--compare {tmp_path}/head: that run has no low-rank update"),
+        (["--save-base", tmp_path / "notes.txt"], "notes.txt"),
     ]:
         if not (tmp_path / "run").exists():
             assert go(csv, tmp_path / "run", "--method", "lora")[0] == go(csv, tmp_path / "head", "--method", "head")[0] == 0
@@ -255,6 +256,7 @@ def test_flags_that_matter_at_the_end_are_checked_at_the_start(csv, tmp_path, ca
         assert go(csv, tmp_path / "other", *more)[0] == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1 and not (tmp_path / "other").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_what_fails_after_training_can_be_resumed(csv, tmp_path, monkeypatch):
