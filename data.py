@@ -240,6 +240,7 @@ def features(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, max_
         ends = [max(end for _, end in row["offsets"]) for row in questions]
         texts = [(question[:end], context) for (question, context), end in zip(texts, ends)]
         rows = tokenizer.encode(texts, max_length, "only_second")
+        rows = [{**row, "cut": row["cut"] or question["cut"]} for row, question in zip(rows, questions)]
     elif task.name == "math":
         rows = math_rows(examples, tokenizer, max_length)
     elif task.name == "sft":

@@ -33,6 +33,11 @@ def read(task: data.Task, source: str) -> list[data.Example]:
     """Examples of `source`, labels where it has them."""
     if source != "-":
         return data.load(task, source, "test")
+    name = task.columns[0][0] if task.template not in ("", "chat") else ""  # that the template of prompts frames
+    if name and len(task.columns) > 2:
+        raise ValueError(
+            f"the run's template joins {len(task.columns) - 1} columns, standard input has one text a line: give a file"
+        )
     content = files.decode("<stdin>", sys.stdin.buffer.read())
     if not content:
         raise files.bad("<stdin>", 1, "there is no line")
@@ -43,7 +48,9 @@ def read(task: data.Task, source: str) -> list[data.Example]:
         if len(parts) != 1 + task.pair:
             wanted = "two texts with a tab between them" if task.pair else "one text without a tab"
             raise files.bad("<stdin>", i, f"{len(parts)} texts, expected {wanted}")
-        examples.append(data.Example(str(i - 1), (("user", text),) if task.name == "sft" else parts))
+        if task.name == "sft":
+            parts = (("user", task.template.format_map({name: text}) if name else text),)
+        examples.append(data.Example(str(i - 1), parts))
     return examples
 
 
@@ -71,7 +78,7 @@ def write_texts(run: Run, features: Sequence[dict], args: argparse.Namespace, wa
     for row in tqdm(features, "writing", leave=False, disable=watched or None):
         prompt = row["input_ids"][: row["prompt"]]
         with run.autocast():
-            ids = generation.tokens(run.model, prompt, run.max_new, run.tokenizer.sep_id, pick)
+            ids = generation.tokens(run.model, prompt, run.max_new, run.stop_id, pick)
             parts = []
             for part in generation.text_as_it_comes(run.tokenizer, ids):
                 parts.append(part)

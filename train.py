@@ -19,7 +19,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -183,7 +183,7 @@ def rate(step: int, total: int, warmup: int, schedule: str) -> float:
 
 def fine_tune(s, command: str, stop: Stop) -> dict:
     """Train as the settings ask and leave the run folder; returns the last evaluation."""
-    exports.look_ahead(s)
+    theirs = exports.look_ahead(s)
     run = Run.start(s, command)
     print(f"base    {run.base}, {run.count()[1]:,} numbers")
     print(f"task    {run.task.name} from {s.data or 'the generated world'}: {len(run.train):,} training rows, "
@@ -196,6 +196,7 @@ def fine_tune(s, command: str, stop: Stop) -> dict:
     else:
         run.wrap(state[2]["names"])
         run.load(state[0])
+    run.check_comparable(theirs)
     run.model.to(run.device).train()
     for words, n in run.speed_up().items():
         print(f"fast    {n} layers: {words}")
@@ -214,7 +215,7 @@ def fine_tune(s, command: str, stop: Stop) -> dict:
         if not parallel.first():
             return progress.history[-1]
         folder.finish(run, progress)
-        show(run, progress)
+        show(run, progress, theirs)
         os.remove(folder.state_path(s.out))  # last: what fails until here can be resumed
     print(f"{run.seconds():.1f} s; {s.out}: {', '.join(sorted(os.listdir(s.out)))}")
     return progress.history[-1]
@@ -272,10 +273,10 @@ def line(row: dict) -> str:
     return "  ".join(parts) + f"  {row['tokens_per_s']:,} tokens/s"
 
 
-def show(run: Run, progress: folder.Progress) -> None:
-    """Figures, exports and the result."""
+def show(run: Run, progress: folder.Progress, theirs: Mapping[str, tuple]) -> None:
+    """Figures, exports and the result. `theirs`: the factors of the run that --compare names."""
     s, last = run.settings, progress.history[-1]
-    other = (s.compare, compare(run)) if s.compare else None
+    other = (s.compare, compare(run, theirs)) if s.compare else None
     if not s.no_figures:
         figures.draw(run, progress, other)
         report.write(s.out)
@@ -295,19 +296,15 @@ def show(run: Run, progress: folder.Progress) -> None:
           + (f", rank total {last['rank_total']}" if "rank_total" in last else ""))  # fmt: skip
 
 
-def compare(run: Run) -> dict[str, torch.Tensor]:
+def compare(run: Run, theirs: Mapping[str, tuple]) -> dict[str, torch.Tensor]:
     """Cosine similarity of each layer's dW with that of another run on the same layers, printed and kept.
 
-    Returns {layer: the other run's dW (m, n)}.
+    `theirs`: {layer: (P, Q)} of the other run. Returns {layer: its dW (m, n)}.
     """
-    other = run.settings.compare
-    theirs = dict(Run.open(other).model.named_modules())
-    cosine, updates = {}, {}
+    other, cosine, updates = run.settings.compare, {}, {}
     for name in run.layers:
-        if not hasattr(theirs.get(name), "factors"):
-            raise ValueError(f"--compare {other}: that run has no update in layer {name}")
-        P, Q = theirs[name].factors()
-        updates[name] = (P @ Q).detach()
+        P, Q = theirs[name]
+        updates[name] = P @ Q
         cosine[name] = cosine_similarity(run.model.get_submodule(name).factors(), (P, Q))
     width = max(map(len, cosine))
     print(f"cosine similarity of dW with {other}:")

@@ -33,7 +33,7 @@ CONTESTANTS = {
     **{name: (name, []) for name in METHODS},
     **{f"{name}-r{rank}": (name, ["--rank", str(rank)]) for name in ("lora", "tlora_plus") for rank in (32, 64)},
     "tlora-r64": ("tlora", ["--rank", "64"]),
-    "lora_xs-r32": ("lora_xs", ["--rank", "32"]),
+    "lora_xs-r32": ("lora_xs", ["--rank", "32", "--lr", "0.01"]),  # its best rate for all tasks, docs/rates.md: other flags
     **{f"{name}-small": (name, ["--lr", "0.0003"]) for name in ("lora", "task_tlora")},
     "lora-r3": ("lora", ["--rank", "3"]),
     "nonlinear": ("triadapt", ["--mode", "nonlinear"]),

@@ -349,8 +349,13 @@ def options(rows):
     """The table of runs with other flags: the best rate of each."""
     lines = ["| method | flags | task | best |", "|---|---|---|--:|"]
     for more in sorted({tuple(row["flags"][2:]) for row in rows if row["study"] == "rates"} - {()}):
-        for (method, task), scores in table(rows, "rates", list(more)).items():
+        found = table(rows, "rates", list(more))
+        for (method, task), scores in found.items():
             lines.append(f"| {method} | `{' '.join(more)}` | {task} | {cells(scores)} |")
+        for method in dict.fromkeys(method for method, _ in found):
+            if (means := on_all(found, method)) and not asked_of_all(found, method):
+                k = max(means, key=means.get)
+                lines.append(f"| {method} | `{' '.join(more)}` | one rate for all five | {means[k]:.1f} at {rate(k):g} |")
     return "\n".join(lines) if lines[2:] else "None yet."
 
 

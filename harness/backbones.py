@@ -6,6 +6,7 @@ then work on it as on our own. Needs the optional package `transformers`, and no
 
 import os
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
@@ -67,6 +68,8 @@ def load(name_or_dir: str, kind: str, labels: Sequence[str] = (), dtype: torch.d
     except Exception as error:  # transformers raises nearly every kind
         place = "" if os.path.isdir(name_or_dir) else "no such directory; on the Hugging Face hub "
         reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if find_spec("sentencepiece") is None and ("tiktoken" in reason or "sentencepiece" in reason.lower()):
+            reason = "its tokenizer needs two packages more: pip install sentencepiece protobuf"
         raise ValueError(f"{name_or_dir}: {place}not a checkpoint for {kind}: {reason}") from error
 
     accept_drawn(model, lacking, name_or_dir, kind)

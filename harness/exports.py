@@ -20,7 +20,7 @@ import data
 from harness import backbones, folder, sealed
 from harness.folder import read_json, write_json
 from harness.methods import METHODS, NO_FACTORS
-from harness.run import Run, base_fingerprint, build_model, tupled
+from harness.run import Run, base_fingerprint, build_model, factors_of, tupled
 from harness.settings import typed
 from model import head_modules
 from reading.files import read_text, replace_file, write_text
@@ -93,16 +93,15 @@ adapter_config.json.
 """  # fmt: skip
 
 
-def look_ahead(s) -> None:
-    """Before a training, what would fail after it: --compare with a run without factors, places that are not free."""
-    if s.compare and folder.read_run(s.compare)[0]["settings"].method in NO_FACTORS:
-        raise ValueError(f"--compare {s.compare}: that run has no low-rank update")
+def look_ahead(s) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Before a training, what would fail after it: places that are not free, and --compare, whose factors it returns."""
     if s.save_base and os.path.exists(s.save_base):
         sealed.check_base(s.save_base)
     for path in filter(None, (s.export_peft, s.export_merged)):
         check_free(path)
     for path in filter(None, (s.save_base, s.export_peft, s.export_merged)):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    return factors_of(s.compare) if s.compare else {}
 
 
 def check_free(path: str, *taken: str | None) -> None:
@@ -245,7 +244,7 @@ def ask(run: Run) -> str:
         elif not task.pretraining and tokenizer.encode([("a",)])[0]["sequence"][-1] is not None:  # as data.math_rows
             ids += f' + tokenizer("\\n", {bare}["input_ids"]'
         ids += f"  # prompts were written as {task.template!r}" if task.template not in ("", "chat") else ""
-        return GENERATE.format(ids=ids, most=run.max_new or 64, stop=tokenizer.sep_id, pad=tokenizer.pad_id)
+        return GENERATE.format(ids=ids, most=run.max_new or 64, stop=run.stop_id, pad=tokenizer.pad_id)
     texts = '["a text"], ["its second"]' if task.pair else '["a text"]'
     texts = '["a question"], ["a context"]' if task.kind == "span" else texts
     types = getattr(run.model.config, "type_vocab_size", 0) > 1  # as model.logits

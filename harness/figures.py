@@ -16,7 +16,7 @@ import torch
 
 from harness import folder
 from harness.methods import METHODS
-from harness.run import Run
+from harness.run import Run, factors_of
 from harness.settings import on_a_run
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's colours, which all eyes tell apart
@@ -415,9 +415,8 @@ def redraw(out: str) -> list[str]:
         layers = [json.loads(line) for line in file]
     compared = None
     if other := run.settings.compare:
-        theirs = Run.open(other).model
-        factors = {name: theirs.get_submodule(name).factors() for name in run.layers}
-        compared = other, {name: (P @ Q).detach() for name, (P, Q) in factors.items()}
+        theirs = factors_of(other)
+        compared = other, {name: theirs[name][0] @ theirs[name][1] for name in run.layers}
     before = {name for name in folder.written(out) if name.endswith(".png")}
     drawn = draw(run, folder.Progress(history=history, layers=layers), compared)
     for name in before - set(drawn):

@@ -90,6 +90,10 @@ class Run:
     def method(self):
         return methods.module(self.settings.method)
 
+    @functools.cached_property
+    def stop_id(self) -> int:
+        return instructions.stop_id(self.tokenizer, self.task.template == "chat")
+
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(math.ceil(len(self.train) / self.settings.batch_size) / self.settings.accumulate)
@@ -113,6 +117,13 @@ class Run:
         self.train_head()
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(f"nothing to train: method {s.method} with --freeze-head")
+
+    def check_comparable(self, theirs: Mapping[str, tuple]) -> None:
+        """ValueError unless the run that --compare names has an update of the same shape, as P and Q, in each layer."""
+        for name in self.layers if self.settings.compare else []:
+            shape = (len(theirs[name][0]), theirs[name][1].shape[1]) if name in theirs else None
+            if shape != tuple(self.model.get_submodule(name).base.weight.shape):
+                raise ValueError(f"--compare {self.settings.compare}: that run has no update like this one's in layer {name}")
 
     def calibrate(self, targets: Sequence[str], **extra) -> dict:
         """Show the method the first rows of the seeded shuffle, one at a time, without padding."""
@@ -257,7 +268,7 @@ class Run:
         prompts = [row["input_ids"][: row["prompt"]] for row in features]
         drafts = [row["input_ids"][row["prompt"] :] for row in features]
         with self.autocast():
-            found = modelling.generate(self.model, prompts, self.max_new, self.tokenizer.sep_id, drafts=drafts)
+            found = modelling.generate(self.model, prompts, self.max_new, self.stop_id, drafts=drafts)
         return [self.tokenizer.decode(ids) for ids in found]
 
     def choose(self, examples: Sequence) -> list[str]:
@@ -293,6 +304,15 @@ class Run:
         """(trained numbers, all numbers)."""
         params = list(self.model.parameters())
         return sum(p.numel() for p in params if p.requires_grad), sum(p.numel() for p in params)
+
+
+@torch.no_grad()
+def factors_of(other: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{layer: (P, Q)} of the run in folder `other`, for --compare. ValueError if its method has none."""
+    if folder.read_run(other)[0]["settings"].method in methods.NO_FACTORS:
+        raise ValueError(f"--compare {other}: that run has no low-rank update")
+    run = Run.open(other)
+    return {name: run.model.get_submodule(name).factors() for name in run.layers}
 
 
 # ---------------------------------------------------------------------- its parts
@@ -368,9 +388,11 @@ def build_model(s: Settings, task: data.Task) -> tuple[torch.nn.Module, data.Tok
 
 
 def positions(model: torch.nn.Module) -> float:
-    """How many tokens the model has positions for."""
+    """How many tokens the model has positions for. RoBERTa and its kin count them from behind the padding's."""
     most = getattr(model.config, "max_position_embeddings", None) or math.inf
-    return most - 2 * ("roberta" in getattr(model.config, "model_type", ""))  # which counts them from 2
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return most - (padding[0] + 1 if padding else 0)
 
 
 def base_of(s: Settings) -> str:

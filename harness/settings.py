@@ -405,7 +405,7 @@ def check(s: Settings) -> None:
     if s.data is None and s.task not in data.GENERATED:
         raise ValueError(f"task {s.task} needs --data DIR (generated are: {', '.join(data.GENERATED)})")
     check_model(s)
-    for name in ("base", "backbone", "data", "dev"):  # so that the run folder can be used from anywhere
+    for name in ("base", "backbone", "data", "dev", "compare"):  # so that the run folder can be used from anywhere
         path = getattr(s, name)
         if path and os.path.exists(path):
             setattr(s, name, os.path.abspath(path))
@@ -435,6 +435,8 @@ def check_model(s: Settings) -> None:
         raise ValueError("--resume goes on with the run that --overwrite replaces: leave one out")
     if s.method in NO_FACTORS and (s.compare or s.export_peft and s.method != "dora"):
         raise ValueError(f"method {s.method} has no low-rank update for --compare or --export-peft")
+    if s.freeze_head and s.head_lr is not None:
+        raise ValueError("--head-lr is of the head that --freeze-head leaves alone: leave one out")
     if s.method in NO_MERGE and (s.save_base or s.export_merged):
         raise ValueError(f"method {s.method} cannot be merged: leave --save-base and --export-merged out")
     if s.scratch and s.base:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 SPLITS = ("train", "dev", "test")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of a .csv, found by its header
@@ -139,16 +140,51 @@ def parse_json(path: str | Path, line: int, text: str):
 
 
 def json_rows(path: str | Path, text: str) -> list[tuple[int, dict]]:
-    """[(line, object)] of a file with one JSON object on each line."""
-    rows = [(i, parse_json(path, i, line)) for i, line in enumerate(split_lines(path, text), 1)]
+    """[(line, object)] of a file with one JSON object on each line, or with one JSON list of them."""
+    if text.lstrip().startswith("["):
+        rows = json_list(path, text)
+    else:
+        rows = [(i, parse_json(path, i, line)) for i, line in enumerate(split_lines(path, text), 1)]
     for line, row in rows:
         if not isinstance(row, dict):
             raise bad(path, line, f"expected a JSON object, found {brief(row)}")
     return rows
 
 
+def json_list(path: str | Path, text: str) -> list[tuple[int, Any]]:
+    """[(line, value)] of the values in a JSON list, each with the line where it begins."""
+    rows, at, line = [], text.index("[") + 1, 1
+    gap = re.compile(r"[\s,]*")
+    while (start := gap.match(text, at).end()) < len(text) and text[start] != "]":  # type: ignore[union-attr]
+        line = text.count("\n", 0, start) + 1 if not rows else line + text.count("\n", at, start)
+        try:
+            end = json.JSONDecoder().raw_decode(text, start)[1]
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise bad(path, line, f"not JSON: {getattr(error, 'msg', 'nested too deep')}") from None
+        rows.append((line, parse_json(path, line, text[start:end])))
+        line, at = line + text.count("\n", start, end), end
+    if not rows:
+        raise bad(path, 1, "a list without rows")
+    if text[start:].strip() != "]":
+        raise bad(path, line, "the list does not end behind its last row")
+    return rows
+
+
+def rejoined(rows: Sequence[tuple[int, list[str]]], width: int) -> list[tuple[int, list[str]]]:
+    """The rows with those made whole that a line end within a text broke in two, of which QQP's train.tsv has a few:
+    it becomes a space."""
+    whole = []
+    for line, fields in rows:
+        before = whole[-1][1] if whole else []
+        if len(before) < width and len(fields) < width and len(before) + len(fields) - 1 == width:
+            whole[-1] = whole[-1][0], [*before[:-1], f"{before[-1]} {fields[0]}", *fields[1:]]
+        else:
+            whole.append((line, fields))
+    return whole
+
+
 def read_table(path: str | Path, task=None) -> tuple[Sequence[str], list[tuple[int, dict]]]:
-    """(columns, [(line, {column: value})]) of a .csv, a .jsonl or .json (an object per line), else a TSV.
+    """(columns, [(line, {column: value})]) of a .csv, a .jsonl or .json (an object per line, or a list of them), else a TSV.
 
     TSV fields have no quoting: a quote is text. A first line that is a row of `task` is no header. A .csv may have
     semicolons or tabs, if its header has the columns of `task` then.
@@ -173,10 +209,12 @@ def read_table(path: str | Path, task=None) -> tuple[Sequence[str], list[tuple[i
     if not rows:
         ends = ": its lines end with \\r alone, save it with \\n" if "\r" in text.strip("\r\n") else ""
         raise bad(path, 1, f"a header and no rows{ends}")
+    official = bool(task) and list(columns) == list(task.header)
+    rows = rejoined(rows, len(columns)) if official and task.name == "qqp" else rows
     for line, fields in rows:
         if len(fields) != len(columns):
             wanted = f"{len(columns)}: {brief(', '.join(columns))}"
-            quoting = NO_QUOTING if ending != ".csv" and '"' in "".join(fields) else ""
+            quoting = NO_QUOTING if ending != ".csv" and '"' in "".join(fields) and not official else ""
             raise bad(path, line, f"{len(fields)} columns, expected {wanted}{quoting}")
     return columns, [(line, dict(zip(columns, fields))) for line, fields in rows]
 

@@ -9,7 +9,6 @@ A file is JSON lines or one JSON list. An example's text is its turns, ((role, w
 the label.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,14 +37,15 @@ def read(
     """Chats of a file. `prompt` and `answer` name columns (default: what KNOWN or CHATS finds in the first row);
     `template` has the columns' names in braces, "" joins them line by line. Without `labelled` the answer may be missing;
     with `choosing` each row has `options`, a list of texts."""
-    rows = rows_of(path)
+    rows = files.json_rows(path, files.read_text(path))
     first = rows[0][1]
     chat = next((key for key in CHATS if key in first), None) if not prompt else None
     if not prompt and not chat:
-        prompt, answer = next((known for known in KNOWN if known[0][0] in first), (None, None))
-        if prompt is None:
-            raise bad(path, rows[0][0], f"no column of prompts is known among {brief(', '.join(first), 200)}: "
-                      "name them with --prompt, --answer")  # fmt: skip
+        found = [known for known in KNOWN if known[0][0] in first]
+        prompt, answer = next((known for known in found if known[1] in first), found[0] if found else ((), None))
+        if not found or labelled and answer not in first:
+            lacking = f"answer {answer!r} to {prompt[0]!r}" if found else "column of prompts is known"
+            raise bad(path, rows[0][0], f"no {lacking} among {brief(', '.join(first), 200)}: name them with --prompt, --answer")
         rows = [(line, {**dict.fromkeys(prompt[1:], ""), **row}) for line, row in rows]  # an `input` is there where it is needed
     examples = []
     for i, (line, row) in enumerate(rows):
@@ -59,31 +59,6 @@ def read(
             raise bad(path, line, f"'options' is {brief(options)}, expected a list of texts")
         examples.append(Chat(str(row.get("id", i)), tuple(turns), label, tuple(options) if fits else ()))
     return examples  # type: ignore[return-value]
-
-
-def rows_of(path: str | files.Path) -> list[tuple[int, dict]]:
-    """[(line, object)] of JSON lines or of one JSON list."""
-    text = files.read_text(path)
-    if not text.lstrip().startswith("["):
-        return files.json_rows(path, text)
-    rows, at, line = [], text.index("[") + 1, 1
-    gap = re.compile(r"[\s,]*")
-    while (start := gap.match(text, at).end()) < len(text) and text[start] != "]":  # type: ignore[union-attr]
-        line = text.count("\n", 0, start) + 1 if not rows else line + text.count("\n", at, start)
-        try:
-            end = json.JSONDecoder().raw_decode(text, start)[1]
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise bad(path, line, f"not JSON: {getattr(error, 'msg', 'nested too deep')}") from None
-        row = files.parse_json(path, line, text[start:end])
-        if not isinstance(row, dict):
-            raise bad(path, line, f"expected a JSON object, found {brief(row)}")
-        rows.append((line, row))
-        line, at = line + text.count("\n", start, end), end
-    if not rows:
-        raise bad(path, 1, "a list without rows")
-    if text[start:].strip() != "]":
-        raise bad(path, line, "the list does not end behind its last row")
-    return rows
 
 
 def column_turns(
@@ -118,6 +93,8 @@ def chat_turns(path: str | files.Path, line: int, row: dict, key: str) -> list[t
         if role != due and not (role == "system" and not turns):
             raise bad(path, line, f"turn {n} is the {role}'s, expected the {due}'s")
         turns.append((role, words(path, line, turn, words_key)))
+    if turns[-1][0] == "system":
+        raise bad(path, line, "there is no user's turn")
     return turns
 
 
@@ -204,6 +181,18 @@ def framed(example: Example, tokenizer) -> list[tuple[str, bool]]:
         pieces.append((text[len(before) :], answer))
         before = text
     return pieces
+
+
+def stop_id(tokenizer, chat: bool) -> int:
+    """The id at which an answer ends: sep_id; in a chat the first special token that the template puts behind the words."""
+    if not chat:
+        return tokenizer.sep_id
+    text = framed(Chat("", (("user", "a"),), "its words"), tokenizer)[-1][0].rpartition("its words")[2]
+    tokenizer.backend.encode_special_tokens = False
+    ids = without_specials(tokenizer.encode([(text,)])[0])
+    tokenizer.backend.encode_special_tokens = True
+    added = {i for i, token in tokenizer.source.added_tokens_decoder.items() if token.special}
+    return next((i for i in ids if i in added), tokenizer.sep_id)
 
 
 def without_specials(row: dict) -> list[int]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E4
 
 from baselines import lora  # noqa: E402
 from harness.backbones import delinearize, linearize, load, set_checkpointing  # noqa: E402
+from harness.run import positions  # noqa: E402
 from model import Config, Transformer, default_targets, generate, head_modules, logits  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -608,3 +609,36 @@ def test_a_checkpoints_own_code_is_not_run_whatever_stands_on_standard_input(che
     if where == "config":
         assert "ValueError" in result.stderr and "trust_remote_code" in result.stderr
     assert "[y/N]" not in result.stdout
+
+
+def test_roberta_and_its_kin_count_positions_from_behind_the_paddings():
+    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"max_position_embeddings": 34, "pad_token_id": 1}
+    for name, places in [("Camembert", 32), ("MPNet", 32), ("XLMRoberta", 32), ("Bert", 34), ("Electra", 34)]:
+        model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes)).eval()
+        assert positions(model) == places, name
+        ids = torch.full((1, places + 1), 5)
+        model(ids[:, 1:])
+        with pytest.raises((IndexError, RuntimeError)):
+            model(ids)
+
+
+def test_deberta_with_a_sentencepiece_tokenizer_alone_is_read(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    words = ["river", "stone", "cloud", "tree", "house", "field"]
+    lines = iter([" ".join(words[i % 6 :] + words[: i % 5]) for i in range(60)])
+    with open(tmp_path / "spm.model", "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=f, vocab_size=40, hard_vocab_limit=False, minloglevel=2, pad_id=0, bos_id=1,
+            eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]",
+            user_defined_symbols=["[MASK]"],
+        )  # fmt: skip
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.DebertaV2Config(**sizes, pad_token_id=0)
+    transformers.DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "DebertaV2Tokenizer"}')
+    _, tokenizer = load(str(tmp_path), "classification", ("a", "b"))
+    ids = [tokenizer(text)["input_ids"] for text in ("river stone", "stone river", "cloud")]
+    assert len(set(map(tuple, ids))) == 3 and len(ids[0]) == len(ids[1]) > 3
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "river stone"

@@ -688,3 +688,27 @@ def test_submissions_have_glues_format(tmp_path):
         assert (tmp_path / "out" / "x.tsv").read_bytes().decode() == "index\tprediction\n" + rows
     with pytest.raises(ValueError, match="GLUE takes no submission for task squad"):
         files.write_submission(TASKS["squad"], ["a"], tmp_path / "y.tsv")
+
+
+def test_a_record_that_a_line_end_broke_in_two_is_one_again(tmp_path):
+    """QQP's train.tsv has such records (nyu-mll/GLUE-baselines, issue 5)."""
+    head, path = "\t".join(data.TASKS["qqp"].header), tmp_path / "train.tsv"
+    rows = ["1\t2\t3\twho\twhat\t0", '4\t5\t6\t"was he', '"\twas he real ?\t1', "7\t8\t9\twhy\thow\t0"]
+    path.write_text("\n".join([head, *rows]) + "\n")
+    found = data.load("qqp", path)
+    assert [(e.text, e.label) for e in found] == [(("who", "what"), 0), (('"was he "', "was he real ?"), 1), (("why", "how"), 0)]
+    path.write_text("\n".join([head, rows[0], rows[1], rows[3]]) + "\n")
+    with pytest.raises(ValueError) as error:  # no advice to name an official file .csv
+        data.load("qqp", path)
+    assert str(error.value).startswith(f"{path}:3: 4 columns, expected 6: ") and "quot" not in str(error.value)
+
+
+def test_a_table_of_your_own_may_be_one_json_list(tmp_path):
+    rows = [{"text": f"w{i}\n", "label": "ab"[i % 2]} for i in range(4)]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [data.load_custom(tmp_path / name, "text", "label") for name in ("list.json", "lines.jsonl")]
+    assert found[0] == found[1] and len(found[0][1]) == 4
+    (tmp_path / "list.json").write_text('[{"text": "a", "label": "x"},\n {"text": "b"}]')
+    with pytest.raises(ValueError, match=r"list.json:2: no 'label'; found: 'text'"):
+        data.load_custom(tmp_path / "list.json", "text", "label")

@@ -1,7 +1,9 @@
 """reading/instructions.py and --task sft: published layouts, templates, which tokens are learned, scores, whole runs."""
 
+import io
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch
 import data
 import predict
 import train
+from harness import run as running
 from harness.run import Run
+from harness.settings import Settings
 from reading import instructions
 
 # Two rows of each published set, written for this test in its layout.
@@ -96,7 +100,10 @@ def test_how_a_prompt_is_cut_does_not_depend_on_its_answer():
     "text, more, words",
     [
         ('{"a": "x"}', {}, ":1: no column of prompts is known among 'a': name them with --prompt, --answer"),
-        ('{"query": "x"}', {}, ":1: there is no answer to learn from"),
+        ('{"query": "x"}', {}, ":1: no answer 'response' to 'query' among 'query': name them with --prompt, --answer"),
+        ('{"instruction": "x", "context": "y", "response": "z"}', {},
+         ":1: no answer 'output' to 'instruction' among 'instruction, context, response': name them with --prompt, --answer"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', {}, ":1: there is no user's turn"),
         ('{"query": "x", "response": "y"}\n{"query": 3, "response": "y"}', {}, ":2: 'query' is 3, expected a text"),
         ('{"query": "x", "response": "y"}\n{"response": "y"}', {}, ":2: no 'query'; found: 'response'"),
         ('{"query": "", "response": "y"}', {}, ":1: the prompt (query) is empty"),
@@ -336,8 +343,6 @@ def test_a_chat_template_frames_the_turns_and_its_marks_are_one_token(llama, tmp
     source.chat_template += "{% if add_generation_prompt %}<s> w5 {% endif %}"
     tokenizer, task = data.Tokenizer(source), data.TASKS["sft"]
     chat = instructions.Chat("0", (("user", "w6"), ("assistant", "w7 w8"), ("user", "w9 </s>")), "w10")
-    from dataclasses import replace
-
     row = data.features(replace(task, template="chat"), [chat], tokenizer, 64)[0]
     #              <s> user w6 </s> <s> assistant | w7 w8 </s> | <s> user w9 </s> </s> <s> assistant | w10 </s>
     assert row["input_ids"] == [1, 4, 6, 2, 1, 5, 7, 8, 2, 1, 4, 9, 2, 2, 1, 5, 10, 2]
@@ -347,6 +352,34 @@ def test_a_chat_template_frames_the_turns_and_its_marks_are_one_token(llama, tmp
         data.features(replace(task, template="chat"), [chat], tokenizer, 64)
     plain = data.features(task, [chat], tokenizer, 64)[0]
     assert 2 not in plain["input_ids"][:3] and plain["input_ids"] != row["input_ids"]
+
+
+def test_an_answer_ends_where_the_chat_template_ends_a_turn(llama, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    source = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer = data.Tokenizer(source)
+    turn = "{% for m in messages %}w4 {{ m.content }} END {% endfor %}{% if add_generation_prompt %}w4 {% endif %}"
+    for mark, wanted in [("<s>", 1), ("</s>", 2), ("w7", tokenizer.sep_id)]:  # w7 is a word, no mark
+        source.chat_template = turn.replace("END", mark)
+        assert instructions.stop_id(tokenizer, chat=True) == wanted
+    source.chat_template = turn.replace("END", "<s>")
+    assert instructions.stop_id(tokenizer, chat=False) == tokenizer.sep_id == 2
+    row = instructions.encode([instructions.Chat("0", (("user", "w3"),), "w8")], tokenizer, 32, chat=True)[0]
+    assert row["input_ids"][row["prompt"] :] == [8, 1]  # what is learned ends with it, too
+    task = replace(data.TASKS["sft"], template="chat")
+    run, stops = Run(Settings(), task, None, tokenizer, "", max_new=3), []
+    monkeypatch.setattr(running.modelling, "generate", lambda model, prompts, most, stop, drafts: stops.append(stop) or [])
+    run.generate([{"input_ids": [4, 3], "prompt": 2}])
+    assert stops == [1]
+
+
+def test_a_template_frames_the_lines_of_standard_input_too(tmp_path, monkeypatch):
+    columns, text = (("query",), ("answer",)), type("Input", (), {"buffer": io.BytesIO(b"w1\nw2\n")})
+    monkeypatch.setattr("sys.stdin", text)
+    task = replace(data.TASKS["sft"], columns=columns, template="Q: {query} A:")
+    assert [e.text for e in predict.read(task, "-")] == [(("user", "Q: w1 A:"),), (("user", "Q: w2 A:"),)]
+    with pytest.raises(ValueError, match="the run's template joins 2 columns, standard input has one text a line"):
+        predict.read(replace(task, columns=(("hint",), *columns)), "-")
 
 
 def test_a_base_in_bf16_has_adapters_in_float32_and_learns_as_in_float32(llama, tmp_path, capsys):

@@ -243,6 +243,20 @@ def test_compare_gives_the_cosine_of_each_layers_update(csv, tmp_path, capsys):
         assert all(abs(v - 1) < 1e-5 for v in json.load(f)["cosine"].values())
 
 
+def test_a_run_that_cannot_be_compared_with_is_refused_before_the_training(csv, tmp_path, capsys, monkeypatch):
+    assert go(csv, tmp_path / "part", "--method", "lora", "--targets", "q_proj")[0] == 0
+    assert go(csv, tmp_path / "wide", "--method", "lora", "--width", "32")[0] == 0
+    for other, layer in [("part", "blocks.0.k_proj"), ("wide", "blocks.0.q_proj")]:
+        capsys.readouterr()
+        assert go(csv, tmp_path / "run", "--method", "lora", "--compare", tmp_path / other)[0] == 2
+        words = f"--compare {tmp_path / other}: that run has no update like this one's in layer {layer}\n"
+        assert capsys.readouterr().err == f"train.py: error: {words}" and not (tmp_path / "run").exists()
+    monkeypatch.chdir(tmp_path)
+    assert go(csv, "run", "--method", "lora", "--targets", "q_proj", "--compare", "part")[0] == 0
+    monkeypatch.chdir("/")
+    assert folder.read_config(tmp_path / "run")["settings"].compare == str(tmp_path / "part")
+
+
 def test_flags_that_matter_at_the_end_are_checked_at_the_start(csv, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     for more, words in [
