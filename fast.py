@@ -37,7 +37,10 @@ def fold_from(m: int, n: int) -> int:
 
 def can_fold(dtype: torch.dtype) -> bool:
     """Whether W0 + P Q is as exact as the sum of the products: in float32 that is not rounded further, and in float64."""
-    return dtype == torch.float64 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
+    try:
+        return dtype == torch.float64 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
+    except RuntimeError:  # TF32 was set by the newer names (fp32_precision), which the older one does not read
+        return False
 
 
 def draw_bits(count: int, p: float, device: torch.device) -> tuple[torch.Tensor, float]:

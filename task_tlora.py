@@ -391,6 +391,7 @@ def init_A(W: torch.Tensor, C: torch.Tensor, r: int, init: str = "wc", svd: str 
 # ------------------------------------------------------------------------- the verbs
 
 
+@torch.random.fork_rng(devices=())  # a shuffling DataLoader draws from it
 def calibrate(
     model: nn.Module,
     targets: Sequence[str],
@@ -549,6 +550,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
     neither. ValueError if nothing is wrapped.
     """
+    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):  # no part of the names
+        model = next(model.children())
     layers = {name: m for name, m in model.named_modules() if isinstance(m, TaskTLoRALinear)}
     if not layers:
         raise ValueError("nothing to save: the model holds no TaskTLoRALinear (merged already?)")

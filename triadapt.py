@@ -425,12 +425,14 @@ def penalty(model: nn.Module) -> torch.Tensor:
         return torch.zeros((), device=layers[0].A.device)
     alike = {}  # layers of one shape are one batch of products
     for layer in layers:
-        alike.setdefault((layer.A.shape, layer.B.shape), []).append(layer)
-    stacks = [[torch.stack([getattr(layer, x) for layer in group]) for x in "AB"] for group in alike.values()]
-    if growth["orth_form"] == "sum":
-        return growth["orth"] * sum(orthogonality(A, B) for A, B in stacks)
-    norms = [torch.linalg.matrix_norm(error) for A, B in stacks for error in gram_errors(A, B)]
-    return growth["orth"] * torch.cat(norms).mean()
+        alike.setdefault((layer.A.shape, layer.B.shape, layer.A.device), []).append(layer)
+    home = layers[0].A.device
+    with torch.autocast(home.type, enabled=False):  # bfloat16 would round the small errors away next to the 1 on the diagonal
+        stacks = [[torch.stack([getattr(layer, x) for layer in group]) for x in "AB"] for group in alike.values()]
+        if growth["orth_form"] == "sum":
+            return growth["orth"] * sum(orthogonality(A, B).to(home) for A, B in stacks)
+        norms = [torch.linalg.matrix_norm(error).to(home) for A, B in stacks for error in gram_errors(A, B)]
+        return growth["orth"] * torch.cat(norms).mean()
 
 
 def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, total: int) -> dict | None:
@@ -546,6 +548,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
     neither. ValueError if nothing is wrapped.
     """
+    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):  # no part of the names
+        model = next(model.children())
     layers = {name: m for name, m in model.named_modules() if isinstance(m, TriAdaptLinear)}
     if not layers:
         raise ValueError("nothing to save: the model holds no TriAdaptLinear (merged already?)")

@@ -62,11 +62,13 @@ class AdaLoRALinear(lora.LoRALinear):
         return self.base(input) + F.linear(h, (self.scaling * self.B).to(h.dtype))  # (..., m)
 
     def observe(self) -> None:
-        """Eqs. 8 to 10: I = |w dL/dw|, its average, and the average of its distance from that."""
+        """Eqs. 8 to 10: I = |w dL/dw|, its average, and the average of its distance from that. A gradient that is not finite,
+        of a step that a GradScaler leaves out, counts as the average: it would spoil both for good."""
         beta1, beta2 = self.settings["beta1"], self.settings["beta2"]
         for name in "AEB":
             p, mean, spread = (getattr(self, prefix + name) for prefix in ("", "importance_", "uncertainty_"))
             now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
+            now = torch.where(now.isfinite(), now, mean)
             mean.mul_(beta1).add_(now, alpha=1 - beta1)
             spread.mul_(beta2).add_((now - mean).abs(), alpha=1 - beta2)
 
@@ -88,8 +90,11 @@ def budget_at(step: int, total: int, start: int, target: int, t_init: int, t_fin
 
 def mean_norm(As: Iterable[torch.Tensor], Bs: Iterable[torch.Tensor]) -> torch.Tensor:
     """The mean of ||A A^T - I||_F and ||B^T B - I||_F over all A (r, n) and B (m, r); a 0-dim tensor."""
-    grams = [A @ A.mT for A in As] + [B.mT @ B for B in Bs]
-    return torch.stack([torch.linalg.matrix_norm(g - torch.eye(len(g)).to(g)) for g in grams]).mean()
+    As, Bs = list(As), list(Bs)
+    home = As[0].device
+    with torch.autocast(home.type, enabled=False):  # bfloat16 would round the small errors away next to the 1 on the diagonal
+        grams = [A @ A.mT for A in As] + [B.mT @ B for B in Bs]
+        return torch.stack([torch.linalg.matrix_norm(g - torch.eye(len(g)).to(g)).to(home) for g in grams]).mean()
 
 
 def check(from_zero: Mapping[str, float], from_one: Mapping[str, float], shares: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 def inject(model, targets: Sequence[str] | None = None) -> list[str]:
     """Freeze everything but the biases. Returns [] for no layer is wrapped; ValueError if there is no bias."""
-    biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]  # in_proj_bias, q_bias, too
     if not biases:
         raise ValueError("BitFit trains biases, and this model has none")
     model.requires_grad_(False)

@@ -51,7 +51,7 @@ class DoRALinear(lora.LoRALinear):
         if self.dropout and self.training:
             W0_x = F.linear(x, self.base.weight)
         else:
-            W0_x = y if self.base.bias is None else y - self.base.bias
+            W0_x = y if self.base.bias is None else y - self.base.bias.to(y.dtype)
         stretch = self.magnitude / self.row_norms()  # (m,)
         # W' x = stretch * (W0 x + s B A x), written as y and what is to be added, so that it starts as y to the bit
         return y + (stretch - 1).to(y.dtype) * W0_x + stretch.to(y.dtype) * update

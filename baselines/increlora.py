@@ -177,8 +177,10 @@ def before_step(model: nn.Module, step: int, total: int) -> None:
     for layer in layers.values():
         if growing:
             mean, spread = layer.smoothed
-            mean.mul_(s["beta1"]).add_((1 - s["beta1"]) * layer.seen)
-            spread.mul_(s["beta2"]).add_((1 - s["beta2"]) * (layer.seen - mean).abs())
+            seen = torch.as_tensor(layer.seen, device=mean.device)
+            seen = torch.where(seen.isfinite(), seen, mean)  # as AdaLoRA's
+            mean.mul_(s["beta1"]).add_((1 - s["beta1"]) * seen)
+            spread.mul_(s["beta2"]).add_((1 - s["beta2"]) * (seen - mean).abs())
         layer.seen = 0.0
 
 

@@ -155,9 +155,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
     neither. ValueError if nothing is wrapped.
     """
+    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):  # no part of the names
+        model = next(model.children())
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError("nothing to save: the model holds no LoRALinear (merged already?)")
+    for name, layer in layers.items():
+        if type(layer).__name__ not in ("LoRALinear", "FastLoRALinear"):
+            raise ValueError(f"layer {name} is of {type(layer).__module__}, which builds on LoRA: keep its state_dict instead")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = {f"{name}.{key}": t for name, layer in layers.items() for key, t in own_state(layer).items()}
     options = {name: layer.options for name, layer in layers.items()}

@@ -33,6 +33,7 @@ CONTESTANTS = {
     **{name: (name, []) for name in METHODS},
     **{f"{name}-r{rank}": (name, ["--rank", str(rank)]) for name in ("lora", "tlora_plus") for rank in (32, 64)},
     "tlora-r64": ("tlora", ["--rank", "64"]),
+    "tlora-plain": ("tlora", ["--dropout", "0"]),
     "lora_xs-r32": ("lora_xs", ["--rank", "32", "--lr", "0.01"]),  # its best rate for all tasks, docs/rates.md: other flags
     **{f"{name}-small": (name, ["--lr", "0.0003"]) for name in ("lora", "task_tlora")},
     "lora-r3": ("lora", ["--rank", "3"]),
@@ -49,6 +50,8 @@ CLAIMS = {
         [
             ("TLoRA is less than a point below LoRA", "tlora", "lora", -1.0),
             ("TLoRA (rank 32, random outer matrices) is above LoRA-XS (rank 32, those of W0's SVD)", "tlora", "lora_xs-r32", 0.0),
+            ("TLoRA without its dropout of 0.5 is above TLoRA with it", "tlora-plain", "tlora", 0.0),
+            ("TLoRA without it is above LoRA-XS of rank 32", "tlora-plain", "lora_xs-r32", 0.0),
         ],
     ),
     "P2": (

@@ -5,11 +5,14 @@
     python bench/sweep.py rates --methods lora tlora --tasks cola sst2
     python bench/sweep.py compare --methods lora tlora  # with the defaults: fresh seeds, scored on the test split too
     python bench/sweep.py encoder --backbone DIR --data GLUE   # rates on a real encoder, with real files
+    python bench/sweep.py repeat --before DIR           # after a change that should move no number: does it?
     python bench/sweep.py pages                         # docs/rates.md, from the rows alone
 
 A row is one `python train.py` with the flags that stand in it: the scores after the last epoch, the curve, seconds, the
 hardware, and a fingerprint of all that the numbers depend on. What is kept in bench/sweep.jsonl is not run again; rows
-of another fingerprint are left where they are and do not count. Several of these commands may run at once, on one
+of another fingerprint are left where they are and do not count. `repeat` makes of each method one row a task of --tasks again
+that was made with the code in DIR: where all are the same to the last digit, the method's rows of that code count as today's,
+and keep the older fingerprint as `made_with`. Several of these commands may run at once, on one
 machine or on many: `--rows FILE` writes elsewhere, and joining the files joins the rows.
 """
 
@@ -25,6 +28,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +47,7 @@ from harness import metrics  # noqa: E402
 from harness.methods import METHODS  # noqa: E402
 from harness.run import Run, base_of  # noqa: E402
 from harness.settings import Settings, parse  # noqa: E402
+from reading.files import write_text  # noqa: E402
 
 ROWS = os.path.join(ROOT, "bench", "sweep.jsonl")
 TASKS = ["cola", "sst2", "qnli", "squad", "math"]  # where methods and ranks differ
@@ -309,6 +314,39 @@ def work(args):
                 print(f"{what} seed {row['seed']:3d}  {score(row):6.2f}  {row['seconds']} s", flush=True)
 
 
+def numbers(row):
+    """What a row says, without the times."""
+    timeless = lambda point: point and {name: value for name, value in point.items() if name != "seconds"}  # noqa: E731
+    return row["trained"], timeless(row["dev"]), row["test"], [timeless(point) for point in row["curve"]]
+
+
+def repeat(args):
+    """Let rows of the code in args.before count as today's where today's gives the same numbers."""
+    rows = read(ROWS)
+    parts = [(row["study"], row["method"], row["task"], None, None, *row["flags"]) for row in rows]
+    script = "import json, sys, sweep; print(json.dumps([sweep.fingerprint_of(*each) for each in json.load(sys.stdin)]))"
+    answer = subprocess.run([sys.executable, "-c", script], cwd=os.path.join(args.before, "bench"), input=json.dumps(parts),
+                            capture_output=True, text=True, check=True)  # fmt: skip
+    stale = [(row, fingerprint_of(*part)) for row, part, before in zip(rows, parts, json.loads(answer.stdout))
+             if row["fingerprint"] == before != fingerprint_of(*part)]  # fmt: skip
+    samples = {(row["method"], row["task"]): row for row, _ in stale if row["study"] == "compare" and row["task"] in args.tasks}
+    context, differ = multiprocessing.get_context("spawn"), set()
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, context, prepare) as pool:
+        runs = [{name: row[name] for name in ("study", "method", "task", "k", "seed", "flags")} for row in samples.values()]
+        for row, again in zip(samples.values(), pool.map(carry_out, runs)):
+            same = numbers(row) == numbers(json.loads(json.dumps(again)))
+            differ |= set() if same else {row["method"]}
+            print(
+                f"{row['method']:11s} {row['task']:6s} {' '.join(row['flags'])} {'the same' if same else 'differs'}", flush=True
+            )
+    checked = {method for method, _ in samples} - differ
+    for row, today in stale:
+        if row["method"] in checked:
+            row["made_with"], row["fingerprint"] = row.get("made_with", row["fingerprint"]), today
+    write_text(ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{sum(row['method'] in checked for row, _ in stale)} of {len(stale)} rows count as today's")
+
+
 # ----------------------------------------------------------------------------------- the pages
 
 
@@ -536,7 +574,7 @@ def pages(_):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("head", "rates", "compare", "encoder", "pages"))
+    parser.add_argument("study", choices=("head", "rates", "compare", "encoder", "repeat", "pages"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all (head: lora)")
     parser.add_argument(
         "--tasks", nargs="+", choices=[*ALL_TASKS, "all"], help=f"default: {' '.join(TASKS)} (encoder: cola sst2)"
@@ -544,6 +582,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=FRESH, help="compare: 0 to 7")
     parser.add_argument("--backbone", help="encoder: a Hugging Face checkpoint")
     parser.add_argument("--data", help="encoder: a folder with GLUE's folders CoLA, SST-2, ...")
+    parser.add_argument("--before", metavar="DIR", help="repeat: a checkout of the code that the rows were made with")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: more flags for train.py")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
@@ -556,7 +595,7 @@ def main():
     args.tasks = ALL_TASKS if args.tasks == ["all"] else args.tasks
     args.places = lambda task: places(args.backbone, args.data, task) if args.study == "encoder" else []
     args.plan = lambda rows: plan(rows, args)
-    work(args)
+    (repeat if args.study == "repeat" else work)(args)
 
 
 if __name__ == "__main__":

@@ -419,8 +419,8 @@ def check_model(s: Settings) -> None:
     if s.dtype == "bf16":
         if not s.backbone:
             raise ValueError("--dtype bf16 goes with --backbone: the tiny bases are small in float32")
-        if s.method in ("full", "bitfit"):
-            why = "trains the base's own weights, whose small steps bf16 rounds away"
+        if s.method in ("full", "bitfit", "houlsby"):
+            why = "trains the base's own weights or norms, whose small steps bf16 rounds away"
             raise ValueError(f"method {s.method} {why}: --dtype float32")
         if s.precision == "float32":
             raise ValueError("--dtype bf16 computes in bf16: leave --precision float32 out")

@@ -62,6 +62,29 @@ def test_the_penalty_is_the_mean_of_norms_that_are_not_squared():
     assert adalora.penalty(made(orth=0.0)).item() == 0
 
 
+def test_the_penalty_under_autocast_is_the_same():
+    model = made(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = adalora.penalty(model)
+    assert torch.equal(within, adalora.penalty(model)) and within > 0 and within.dtype == torch.float32
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_averages_as_they_are():
+    layer = made()[0]
+    gradient = {name: torch.randn_like(getattr(layer, name)) for name in "AEB"}
+    for _ in range(2):  # E is zero at the start: look at A
+        for name, value in gradient.items():
+            getattr(layer, name).grad = value.clone()
+        layer.observe()
+        gradient["A"][0, 0], gradient["A"][1, 1] = float("nan"), float("inf")
+    before, spread = layer.importance_A.clone(), layer.uncertainty_A.clone()
+    layer.A.grad = gradient["A"].clone()
+    layer.observe()
+    assert layer.importance_A.isfinite().all() and layer.scores().isfinite().all()
+    assert layer.importance_A[0, 0] == before[0, 0] > 0 and layer.importance_A[0, 1] != before[0, 1]
+    assert layer.uncertainty_A[0, 0] == 0.85 * spread[0, 0]
+
+
 def test_the_budget_falls_in_a_cubic_curve():
     curve = [adalora.budget_at(t, 100, 48, 16, 20, 40) for t in range(101)]
     assert curve[:21] == [48] * 21 and curve[60:] == [16] * 41

@@ -166,3 +166,11 @@ def test_dropout_is_of_training_alone():
     assert (model.train()(x) - plain.train()(x)).abs().max() > 1e-2
     model[0].dropout = 0.0
     assert (model(x) - plain(x)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast_the_output_is_in_half_precision_with_a_bias_too(training):
+    model = nn.Sequential(nn.Linear(16, 12))
+    dora.inject(model, ["0"], rank=2, dropout=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.train(training)(torch.randn(3, 16)).dtype == torch.bfloat16

@@ -4,7 +4,9 @@ import ast
 import copy
 import importlib
 import inspect
+import os
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -18,6 +20,8 @@ import fast
 import model as modelling
 import tlora
 import triadapt
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 METHODS = {
     "lora": ("baselines.lora", {"rank": 3}),
@@ -424,6 +428,40 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
         return func(*args, **kwargs or {})
+
+
+def test_tf32_set_by_the_newer_names_is_not_folded_into():
+    """In a process of its own: the older name cannot be read in it any more."""
+    code = """
+import torch, torch.nn as nn
+from baselines import lora
+from fast import can_fold, speed_up
+assert can_fold(torch.float32)
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+try:
+    torch.get_float32_matmul_precision()
+except RuntimeError:
+    print("unreadable")
+assert not can_fold(torch.float32) and can_fold(torch.float64)
+model = nn.Sequential(nn.Linear(8, 8)).double()
+lora.inject(model, ["0"], rank=2)
+speed_up(model)
+model(torch.randn(64, 8, dtype=torch.float64)).sum().backward()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("unreadable\n", 0), ended.stderr
+
+
+@pytest.mark.parametrize("form", ["sum", "mean"])
+def test_triadapts_penalty_under_autocast_is_the_same(form):
+    model = adapted("triadapt", orth=0.3, orth_form=form).float()
+    trained = [p for layer in model if hasattr(layer, "grow") for p in (layer.A, layer.B)]
+    plain = triadapt.penalty(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = triadapt.penalty(model)
+        assert (trained[0] @ trained[0].T).dtype == torch.bfloat16  # autocast does round there
+    gradients = [torch.autograd.grad(value, trained) for value in (plain, within)]
+    assert torch.equal(plain, within) and all(map(torch.equal, *gradients)) and plain > 0
 
 
 @pytest.mark.parametrize("form", ["sum", "mean"])

@@ -286,3 +286,17 @@ def test_options_out_of_range_are_refused_in_one_line(option, value):
     with pytest.raises(ValueError, match=f"{option} {value} is out of range: allowed are") as error:
         increlora.inject(model, ["0"], **{"rank": 2, option: value})
     assert "\n" not in str(error.value) and type(model[0]) is nn.Linear
+
+
+def test_a_score_that_is_not_finite_leaves_the_averages_as_they_are():
+    model = made()
+    layer = model[0]
+    layer.seen = 2.0
+    increlora.before_step(model, 1, 100)
+    before = layer.smoothed.clone()
+    layer.seen = torch.tensor(float("nan"))
+    increlora.before_step(model, 2, 100)
+    assert before[0] > 0 and layer.smoothed.tolist() == pytest.approx([before[0].item(), 0.7 * before[1].item()], rel=1e-5)
+    layer.seen = 2.0
+    increlora.before_step(model, 3, 100)
+    assert layer.smoothed[0] > before[0]

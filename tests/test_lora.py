@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from baselines import bitfit, full, head, lora
+import fast
+from baselines import bitfit, full, head, lora, pissa
 from baselines.lora import inject, param_groups
 from model import Config, Transformer, head_modules
 
@@ -175,3 +176,22 @@ def test_the_demo_learns_a_shift_of_its_own_rank_and_merges_it(capsys):
     assert 0.7 < losses[0] < 1.3 and losses[-1] < 1e-4
     merged, difference = re.search(r"^merged into (.*): largest difference (\S+)$", shown, re.M).groups()
     assert merged == "Linear(in_features=64, out_features=48, bias=True)" and 0 < float(difference) < 1e-5
+
+
+def test_biases_of_other_names_are_biases_to_bitfit_too():
+    model = nn.TransformerEncoderLayer(8, 2, 8)
+    bitfit.inject(model)
+    assert model.self_attn.in_proj_bias.requires_grad and not model.self_attn.in_proj_weight.requires_grad
+
+
+def test_what_builds_on_lora_is_not_saved_as_a_lora(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    pissa.inject(model, ["0"], rank=2)
+    with pytest.raises(ValueError, match="layer 0 is of baselines.pissa, which builds on LoRA: keep its state_dict instead"):
+        lora.save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    model = nn.Sequential(nn.Linear(8, 8))
+    lora.inject(model, ["0"], rank=2)
+    fast.speed_up(model)
+    lora.save(model, tmp_path / "adapter")
+    assert lora.load(nn.Sequential(nn.Linear(8, 8)), tmp_path / "adapter") == ["0"]

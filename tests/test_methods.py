@@ -680,6 +680,16 @@ def layers_of(model):
 
 
 @methods
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_an_adapter_saved_from_a_wrapped_model_fits_the_plain_base(method, wrap, tmp_path):
+    module, case = saved_case(method, tmp_path / "plain")
+    module.save(wrap(case.model), tmp_path / "wrapped")
+    fresh = Case("encoder")
+    assert module.load(fresh.model.eval(), tmp_path / "wrapped") == case.names
+    assert torch.equal(fresh.model(fresh.inputs), case.model(case.inputs))
+
+
+@methods
 @pytest.mark.parametrize("installed", [True, False])
 def test_an_adapter_is_saved_and_loaded_to_the_bit(method, installed, tmp_path, monkeypatch):
     if not installed:

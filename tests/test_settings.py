@@ -51,6 +51,7 @@ def test_every_option_of_every_method_is_a_flag_with_its_help():
         (["--label", "a"], "--label and --dev go with --text COLUMN"),
         (["--task", "sft", "--dev", "a.jsonl"], "task sft needs --data DIR"),
         (["--freeze-head", "--head-lr", "0.1"], "--head-lr is of the head that --freeze-head leaves alone"),
+        (["--backbone", "x", "--dtype", "bf16", "--method", "houlsby"], "method houlsby trains the base's own weights or norms"),
         (["--width", "64"], "--width, --depth, --heads and --hidden go with --scratch"),
         (["--resume", "--overwrite"], "--resume goes on with the run that --overwrite replaces: leave one out"),
         (["--method", "dora", "--compare", "x"], "method dora has no low-rank update for --compare or --export-peft"),

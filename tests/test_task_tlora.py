@@ -476,6 +476,9 @@ def test_calibration_leaves_the_model_and_the_generator_as_they_were():
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+    shuffled = torch.utils.data.DataLoader(list(examples()), batch_size=None, shuffle=True)
+    assert calibrate(transformer(), TARGETS, shuffled, loss_fn, rank=2).keys() == plan.keys()
+    assert torch.equal(torch.get_rng_state(), state)
     for layer in map(model.get_submodule, TARGETS):
         assert not layer._forward_pre_hooks and not layer.weight._post_accumulate_grad_hooks
 
