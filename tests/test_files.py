@@ -698,6 +698,18 @@ def test_a_record_that_a_line_end_broke_in_two_is_one_again(tmp_path):
     found = data.load("qqp", path)
     assert [(e.text, e.label) for e in found] == [(("who", "what"), 0), (('"was he "', "was he real ?"), 1), (("why", "how"), 0)]
     path.write_text("\n".join([head, rows[0], rows[1], rows[3]]) + "\n")
+    whole = rows[0].replace("1\t2", "0\t2")
+    for broken, line, words in [
+        ([whole, rows[0], rows[1], rows[2].replace("\t1", "\t7")], 4, "label '7'"),  # the line where the record begins
+        ([whole, rows[0], "more", rows[3]], 4, "1 columns, expected 6"),  # behind a whole record nothing is joined
+        ([whole, "more", rows[0], rows[3]], 3, "1 columns, expected 6"),
+        ([rows[1], rows[1], rows[2]], 2, "4 columns, expected 6"),
+    ]:
+        path.write_text("\n".join([head, *broken]) + "\n")
+        with pytest.raises(ValueError) as error:
+            data.load("qqp", path)
+        assert f"{path}:{line}: " in str(error.value) and words in str(error.value)
+    path.write_text("\n".join([head, rows[0], rows[1], rows[3]]) + "\n")
     with pytest.raises(ValueError) as error:  # no advice to name an official file .csv
         data.load("qqp", path)
     assert str(error.value).startswith(f"{path}:3: 4 columns, expected 6: ") and "quot" not in str(error.value)
@@ -709,6 +721,19 @@ def test_a_table_of_your_own_may_be_one_json_list(tmp_path):
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = [data.load_custom(tmp_path / name, "text", "label") for name in ("list.json", "lines.jsonl")]
     assert found[0] == found[1] and len(found[0][1]) == 4
-    (tmp_path / "list.json").write_text('[{"text": "a", "label": "x"},\n {"text": "b"}]')
-    with pytest.raises(ValueError, match=r"list.json:2: no 'label'; found: 'text'"):
-        data.load_custom(tmp_path / "list.json", "text", "label")
+    good = '{"text": "a",\n "label": "x"},'
+    for text, words in [
+        ('\n[{"text": "a", "label": "x"},\n {"text": "b"}]', "3: no 'label'; found: 'text'"),
+        (f'[{good}\n{good}\n{good}\n\n{{"text": "b"}}]\n \n', "8: no 'label'; found: 'text'"),
+        (f"[{good}\n{good}\n 3]", "5: expected a JSON object, found 3"),
+        (f"[{good}\n{good}\n {{]", "5: not JSON: Expecting property name enclosed in double quotes"),
+        (f"[{good}\n" + '{"text": "a", "text": "b"}]', "3: not JSON: a key is given twice among"),
+        (f"[{good}\n{good} x", "4: not JSON: Expecting value"),
+        (f"[{good}\n{good}\n", "3: the list does not end behind its last row"),
+        (f"[{good}\n{good}] x", "3: the list does not end behind its last row"),
+        (" [ ]", "1: a list without rows"),
+    ]:
+        (tmp_path / "list.json").write_text(text)
+        with pytest.raises(ValueError) as error:
+            data.load_custom(tmp_path / "list.json", "text", "label")
+        assert str(error.value).startswith(f"{tmp_path / 'list.json'}:{words}"), text
