@@ -729,8 +729,8 @@ def test_a_table_of_your_own_may_be_one_json_list(tmp_path):
         (f"[{good}\n{good}\n {{]", "5: not JSON: Expecting property name enclosed in double quotes"),
         (f"[{good}\n" + '{"text": "a", "text": "b"}]', "3: not JSON: a key is given twice among"),
         (f"[{good}\n{good} x", "4: not JSON: Expecting value"),
-        (f"[{good}\n{good}\n", "3: the list does not end behind its last row"),
-        (f"[{good}\n{good}] x", "3: the list does not end behind its last row"),
+        (f"[{good}\n{good}\n", "4: the list does not end behind its last row"),
+        (f"[{good}\n{good}] x", "4: the list does not end behind its last row"),
         (" [ ]", "1: a list without rows"),
     ]:
         (tmp_path / "list.json").write_text(text)
