@@ -202,7 +202,27 @@ def section(claim, rows, found):
     lines = [f"## {claim}: {paper}", "", f"> {words}", "", f"`python bench/claims.py {claim}`", "",
              "| question | difference, points | 95 % | p | |", "|---|--:|--:|--:|---|"]  # fmt: skip
     lines += [f"| {question} | {shown(rows, found, *rest)}" for question, *rest in questions]
-    return "\n".join(lines)
+    said = SAID[claim](rows, found) if claim in SAID else ""
+    return "\n".join(lines + (["", said] if said else []))
+
+
+def mean_of(rows, name):
+    """A contestant's mean over seeds and tasks."""
+    return statistics.mean(value for (_, task), value in scores(rows, name).items() if task in sweep.TASKS)
+
+
+def said_of_K1(rows, found):
+    """How much of the margin is the rate; empty until both comparisons are there."""
+    own, small = found["task_tlora", "lora", 0.0], found["task_tlora-small", "lora-small", 0.0]
+    if not own or not small:
+        return ""
+    names = ("lora", "lora-small", "task_tlora", "task_tlora-small")
+    lora, lora_small, ours, ours_small = (mean_of(rows, name) for name in names)
+    return (
+        f"At 3e-4 Task-aware TLoRA is {small[0]:+.1f} points from LoRA, at the rates chosen for each {own[0]:+.1f}: the one "
+        f"small rate moves LoRA by {lora_small - lora:+.1f} points (from {lora:.1f} to {lora_small:.1f}), Task-aware TLoRA by "
+        f"{ours_small - ours:+.1f} (from {ours:.1f} to {ours_small:.1f})."
+    )
 
 
 def numbers(rows, name):
@@ -225,6 +245,9 @@ def beside(rows, found):
         cells = [f"{statistics.mean(values):+.1f}" for values in each] or [""] * len(sweep.TASKS)
         lines.append(f"| {one} | {other} | {share} | {columns} {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+SAID = {"K1": said_of_K1}  # below a claim's table
 
 
 def means_by_rate(rows):

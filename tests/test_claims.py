@@ -65,6 +65,16 @@ def test_verdicts_of_made_up_rows():
     assert claims.answers(missing)["tlora", "lora", -1.0] is None
 
 
+def test_what_is_said_of_one_small_rate_for_both():
+    made = rows(lora=90.0, task_tlora=80.0)
+    assert claims.said_of_K1(made, claims.answers(made)) == ""
+    made += [{**row, "flags": ["--lr", "0.0003"], "test": {k: v - (0.4 if row["method"] == "lora" else 0.2)
+              for k, v in row["test"].items()}} for row in made]  # fmt: skip
+    words = claims.said_of_K1(made, claims.answers(made))
+    assert "At 3e-4 Task-aware TLoRA is +10.0 points from LoRA, at the rates chosen for each -10.0:" in words
+    assert "moves LoRA by -40.0 points (from 90.0 to 50.0), Task-aware TLoRA by -20.0 (from 80.0 to 60.0)." in words
+
+
 def test_the_table_of_all_methods_best_first_each_once():
     made = rows(lora=80.0, tlora=70.0, tlora_plus=90.0, task_tlora=80.0, lora_r3=75.0)
     lines = claims.beside(made, claims.answers(made)).splitlines()[2:]
