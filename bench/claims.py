@@ -180,11 +180,16 @@ def readme(rows):
     """README's sentence on the four methods beside LoRA."""
     four = {"triadapt": "TriAdaptLoRA", "tlora_plus": "TLoRA+", "task_tlora": "Task-aware TLoRA", "tlora": "TLoRA"}
 
-    def shown(tasks):
-        found = [(words, *paired(differences(rows, name, "lora", tasks=tasks))) for name, words in four.items()]
-        return ", ".join(f"{words} {mean:+.1f} ± {half:.1f}" for words, mean, half, _ in found)
+    def shown(one, other, tasks=sweep.TASKS):
+        mean, half, _ = paired(differences(rows, one, other, tasks=tasks))
+        return f"{mean:+.1f} ± {half:.1f}"
 
-    return f"points from LoRA, with 95 % intervals: {shown(sweep.TASKS)}; without `math`: {shown(sweep.TASKS[:-1])}"
+    each = [f"{words} {shown(name, 'lora')} ({shown(name, 'lora', sweep.TASKS[:-1])})" for name, words in four.items()]
+    small = shown("task_tlora-small", "lora-small")
+    return (
+        f"points from LoRA, with 95 % intervals (in brackets without `math`): {', '.join(each)}; Task-aware TLoRA with both at "
+        f"its paper's 3e-4 {small}"
+    )
 
 
 def shown(rows, found, one, other, margin):

@@ -52,7 +52,7 @@ def caption(rows):
     """A sentence about rows of earlier code, empty if there are none."""
     old = len(rows) - len(sweep.valid(rows))
     which = "All" if old == len(rows) else f"{old} of these"
-    return f"{which} {len(rows)} runs are of an earlier version of the code or its defaults." if old else ""
+    return f"{which} {len(rows)} runs are of earlier code or defaults." if old else ""
 
 
 def scores(rows, method, task, metric=None):
