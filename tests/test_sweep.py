@@ -115,3 +115,17 @@ def test_a_comparison_with_flags_asks_for_runs_of_its_own():
             for seed, flags in [(0, []), (1, []), (1, ["--rank", "3"])]]  # fmt: skip
     assert [(run["seed"], run["flags"]) for run in sweep.plan(rows, args)] == [(0, ["--rank", "3"])]
     assert sweep.plan(rows, SimpleNamespace(**{**vars(args), "flags": []})) == []
+
+
+def test_what_a_run_says_is_all_but_its_times():
+    row = {"trained": 3, "dev": {"em": 0.5, "seconds": 1.0}, "test": {"em": 0.25}, "curve": [{"epoch": 1.0, "seconds": 1.0, "em": 0.5}],
+           "seconds": 9.0, "hardware": "here"}  # fmt: skip
+    again = {**row, "dev": {"em": 0.5, "seconds": 2.0}, "curve": [{"epoch": 1.0, "seconds": 3.0, "em": 0.5}], "seconds": 1.0}
+    assert sweep.numbers(row) == sweep.numbers(again) and sweep.numbers({**row, "dev": None, "curve": []})[1] is None
+    for other in ({"trained": 4}, {"dev": {"em": 0.51, "seconds": 1.0}}, {"test": None}, {"curve": []}):
+        assert sweep.numbers({**row, **other}) != sweep.numbers(row)
+
+
+def test_rows_that_count_as_todays_say_with_which_code_they_were_made():
+    kept = [row for row in sweep.read(sweep.ROWS) if "made_with" in row]
+    assert kept and all(row["made_with"] != row["fingerprint"] for row in kept)
