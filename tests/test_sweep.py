@@ -118,8 +118,8 @@ def test_a_comparison_with_flags_asks_for_runs_of_its_own():
 
 
 def test_what_a_run_says_is_all_but_its_times():
-    row = {"trained": 3, "dev": {"em": 0.5, "seconds": 1.0}, "test": {"em": 0.25}, "curve": [{"epoch": 1.0, "seconds": 1.0, "em": 0.5}],
-           "seconds": 9.0, "hardware": "here"}  # fmt: skip
+    row = {"trained": 3, "dev": {"em": 0.5, "seconds": 1.0}, "test": {"em": 0.25}, "seconds": 9.0, "hardware": "here",
+           "curve": [{"epoch": 1.0, "seconds": 1.0, "em": 0.5}]}  # fmt: skip
     again = {**row, "dev": {"em": 0.5, "seconds": 2.0}, "curve": [{"epoch": 1.0, "seconds": 3.0, "em": 0.5}], "seconds": 1.0}
     assert sweep.numbers(row) == sweep.numbers(again) and sweep.numbers({**row, "dev": None, "curve": []})[1] is None
     for other in ({"trained": 4}, {"dev": {"em": 0.51, "seconds": 1.0}}, {"test": None}, {"curve": []}):
