@@ -90,9 +90,10 @@ CLAIMS = {
     ),
 }  # fmt: skip
 
-# Beside the claims: every method from LoRA, and those with fewer trained numbers from the LoRA that has about as many.
+# Beside the claims: every method from LoRA, TLoRA without its dropout too, and those with fewer trained numbers from the LoRA
+# that has about as many.
 BESIDE = [(name, "lora", 0.0) for name in METHODS if name not in ("lora", "head")]  # the head alone answers no question in words
-EQUAL = [(name, "lora-r3", 0.0) for name in ("tlora", "task_tlora")]
+EQUAL = [("tlora-plain", "lora", 0.0), *((name, "lora-r3", 0.0) for name in ("tlora", "task_tlora"))]
 
 
 def wanted(rows, claim):
@@ -184,11 +185,13 @@ def readme(rows):
         mean, half, _ = paired(differences(rows, one, other, tasks=tasks))
         return f"{mean:+.1f} ± {half:.1f}"
 
-    each = [f"{words} {shown(name, 'lora')} ({shown(name, 'lora', sweep.TASKS[:-1])})" for name, words in four.items()]
-    small = shown("task_tlora-small", "lora-small")
+    def both(one):
+        return f"{shown(one, 'lora')} ({shown(one, 'lora', sweep.TASKS[:-1])})"
+
+    each = ", ".join(f"{words} {both(name)}" for name, words in four.items())
     return (
-        f"points from LoRA, with 95 % intervals (in brackets without `math`): {', '.join(each)}; Task-aware TLoRA with both at "
-        f"its paper's 3e-4 {small}"
+        f"points from LoRA ± 95 % (in brackets without `math`): {each}, without its dropout {both('tlora-plain')}; Task-aware "
+        f"TLoRA with both at its paper's 3e-4 {shown('task_tlora-small', 'lora-small')}"
     )
 
 
@@ -214,6 +217,20 @@ def section(claim, rows, found):
 def mean_of(rows, name):
     """A contestant's mean over seeds and tasks."""
     return statistics.mean(value for (_, task), value in scores(rows, name).items() if task in sweep.TASKS)
+
+
+def said_of_T2(rows, found):
+    """What TLoRA's dropout costs; empty until all three comparisons are there."""
+    keys = ("tlora-plain", "tlora"), ("tlora-plain", "lora_xs-r32"), ("tlora-plain", "lora")
+    gain, beside_xs, from_lora = (found[one, other, 0.0] for one, other in keys)
+    if not (gain and beside_xs and from_lora):
+        return ""
+    level = "no difference is seen between random outer matrices and singular vectors" * (abs(beside_xs[0]) < beside_xs[1])
+    return (
+        f"The dropout of 0.5 on the update, the author's, moves TLoRA by {-gain[0]:+.1f} points here. Without it TLoRA is "
+        f"{from_lora[0]:+.1f} ± {from_lora[1]:.1f} from LoRA, and {beside_xs[0]:+.1f} ± {beside_xs[1]:.1f} from LoRA-XS with "
+        f"as many trained numbers{level and ': ' + level}."
+    )
 
 
 def said_of_K1(rows, found):
@@ -252,7 +269,7 @@ def beside(rows, found):
     return "\n".join(lines)
 
 
-SAID = {"K1": said_of_K1}  # below a claim's table
+SAID = {"T2": said_of_T2, "K1": said_of_K1}  # below a claim's table
 
 
 def means_by_rate(rows):
@@ -329,7 +346,8 @@ interval covers: the docstring of [bench/claims.py](../bench/claims.py).
 
 ## Every method from LoRA
 
-`python bench/sweep.py compare`; LoRA of rank 3 has the trained numbers nearest to TLoRA's and to Task-aware TLoRA's:
+`python bench/sweep.py compare`. tlora-plain is TLoRA without its dropout of 0.5 (`--methods tlora --flags --dropout 0`), at the
+rate that was chosen with it. LoRA of rank 3 has the trained numbers nearest to TLoRA's and to Task-aware TLoRA's:
 `python bench/sweep.py compare --methods lora --flags --rank 3`. The same epochs for all.
 
 {beside(rows, found)}

@@ -65,6 +65,17 @@ def test_verdicts_of_made_up_rows():
     assert claims.answers(missing)["tlora", "lora", -1.0] is None
 
 
+def test_what_is_said_of_tloras_dropout():
+    made = rows(lora=90.0, tlora=70.0)
+    assert claims.said_of_T2(made, claims.answers(made)) == ""
+    made += rows(**{"tlora-plain": 81.0, "lora_xs-r32": 79.0})
+    words = claims.said_of_T2(made, claims.answers(made))
+    assert "moves TLoRA by -11.0 points here. Without it TLoRA is -9.0 ± 0.0 from LoRA, and +2.0 ± 0.0" in words
+    assert words.endswith("from LoRA-XS with as many trained numbers.")
+    level = claims.said_of_T2(made, {**claims.answers(made), ("tlora-plain", "lora_xs-r32", 0.0): (0.1, 0.5, 0.7, "undecided")})
+    assert level.endswith("trained numbers: no difference is seen between random outer matrices and singular vectors.")
+
+
 def test_what_is_said_of_one_small_rate_for_both():
     made = rows(lora=90.0, task_tlora=80.0)
     assert claims.said_of_K1(made, claims.answers(made)) == ""
@@ -80,7 +91,7 @@ def test_the_table_of_all_methods_best_first_each_once():
     lines = claims.beside(made, claims.answers(made)).splitlines()[2:]
     names = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines]
     assert names[:3] == [("tlora_plus", "lora"), ("task_tlora", "lora"), ("tlora", "lora")] and len(set(names)) == len(names)
-    assert {name for name, other in names if other == "lora"} == METHODS.keys() - {"lora", "head"}
+    assert {name for name, other in names if other == "lora"} == METHODS.keys() - {"lora", "head"} | {"tlora-plain"}
     assert lines[0].startswith("| tlora_plus | lora | 0.30 | +10.00 | ± 0.0")
     assert lines[0].endswith("| < 0.0001 | above |" + " +10.0 |" * 5) and lines[2].endswith("| below |" + " -10.0 |" * 5)
     assert lines[3].endswith("| not yet: 0 of 8 seeds |" + "  |" * 5)
