@@ -187,7 +187,10 @@ def stop_id(tokenizer, chat: bool) -> int:
     """The id at which an answer ends: sep_id; in a chat the first special token that the template puts behind the words."""
     if not chat:
         return tokenizer.sep_id
-    text = framed(Chat("", (("user", "a"),), "its words"), tokenizer)[-1][0].rpartition("its words")[2]
+    try:
+        text = framed(Chat("", (("user", "a"),), "its words"), tokenizer)[-1][0].rpartition("its words")[2]
+    except ValueError:  # it takes no such pair: then nothing was learned with it, either
+        return tokenizer.sep_id
     tokenizer.backend.encode_special_tokens = False
     ids = without_specials(tokenizer.encode([(text,)])[0])
     tokenizer.backend.encode_special_tokens = True

@@ -163,7 +163,7 @@ def test_from_the_command_line_while_training_and_afterwards(folders, csv, tmp_p
     argv += "--max-length 32 --interval 1 --t0 0 --epochs 2 --lr 0.05 --no-figures --device cpu".split()
     argv += ["--out", str(tmp_path / "run"), "--export-peft", str(tmp_path / "a"), "--export-merged", str(tmp_path / "b")]
     assert train.main([*argv, "--max-length", "64"]) == 2
-    assert "--max-length 64 is more than the backbone's 38 positions" in capsys.readouterr().err
+    assert "--max-length 64 is more than the backbone's 39 positions" in capsys.readouterr().err
     assert train.main(argv) == 0
     assert "PEFT adapter in" in capsys.readouterr().out
     assert export.main([str(tmp_path / "run"), "--peft", str(tmp_path / "c"), "--merged", str(tmp_path / "d")]) == 0
