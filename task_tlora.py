@@ -391,7 +391,7 @@ def init_A(W: torch.Tensor, C: torch.Tensor, r: int, init: str = "wc", svd: str 
 # ------------------------------------------------------------------------- the verbs
 
 
-@torch.random.fork_rng(devices=())  # a shuffling DataLoader draws from it
+@torch.random.fork_rng(devices=())  # a shuffling DataLoader draws from torch's generator
 def calibrate(
     model: nn.Module,
     targets: Sequence[str],

@@ -93,7 +93,7 @@ CLAIMS = {
 # Beside the claims: every method from LoRA, TLoRA without its dropout too, and those with fewer trained numbers from the LoRA
 # that has about as many.
 BESIDE = [(name, "lora", 0.0) for name in METHODS if name not in ("lora", "head")]  # the head alone answers no question in words
-EQUAL = [("tlora-plain", "lora", 0.0), *((name, "lora-r3", 0.0) for name in ("tlora", "task_tlora"))]
+FURTHER = [("tlora-plain", "lora", 0.0), *((name, "lora-r3", 0.0) for name in ("tlora", "task_tlora"))]
 
 
 def wanted(rows, claim):
@@ -163,7 +163,7 @@ def answers(rows):
     """{(one, other, margin): (mean difference, half interval, p by Holm, verdict), or None where seeds lack}, of all the page."""
     asked = [tuple(rest) for *_, questions in CLAIMS.values() for _, *rest in questions]
     found = {}
-    for one, other, margin in dict.fromkeys(asked + BESIDE + EQUAL):
+    for one, other, margin in dict.fromkeys(asked + BESIDE + FURTHER):
         values = differences(rows, one, other, margin)
         found[one, other, margin] = paired(values) if len(values) == len(sweep.FRESH) else None
     done = [key for key, value in found.items() if value]
@@ -256,10 +256,10 @@ def numbers(rows, name):
 
 
 def beside(rows, found):
-    """The table of all methods from LoRA, best first, and of those that have a LoRA of their size."""
+    """The table of all methods from LoRA, best first, and of the further comparisons."""
     lines = ["| | from | trained numbers, of its | difference, points | 95 % | p | | " + " | ".join(sweep.TASKS) + " |"]
     lines += ["|---|---|--:|--:|--:|--:|---|" + "--:|" * len(sweep.TASKS)]
-    for one, other, margin in sorted(BESIDE, key=lambda key: -found[key][0] if found[key] else math.inf) + EQUAL:
+    for one, other, margin in sorted(BESIDE, key=lambda key: -found[key][0] if found[key] else math.inf) + FURTHER:
         mine, its = numbers(rows, one), numbers(rows, other)
         share = f"{mine / its:.2f}" if mine and its else ""
         columns = shown(rows, found, one, other, margin).replace("does not hold here", "below").replace("holds", "above")
