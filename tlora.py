@@ -205,8 +205,9 @@ def merge(model: nn.Module) -> list[str]:
         raise ValueError("nothing to merge: the model holds no TLoRALinear (merged already?)")
     check_called(wrapped)
     for name, layer in wrapped.items():
-        P, Q = layer.factors()
-        layer.base.weight.copy_(layer.base.weight + P @ Q)  # P @ Q is float32 at least, and so is the sum
+        with torch.autocast(layer.base.weight.device.type, enabled=False):  # which would make the products bfloat16
+            P, Q = layer.factors()
+            layer.base.weight.copy_(layer.base.weight + P @ Q)  # P @ Q is float32 at least, and so is the sum
         replace(model, name, layer.base)
     return list(wrapped)
 

@@ -168,6 +168,18 @@ def test_bf16_merges_in_float32_and_casts_once(method):
 
 
 @methods
+def test_merging_within_autocast_is_no_less_exact(method):
+    case, module = trained_case("sequential", method)
+    other = copy.deepcopy(case.model)
+    module.merge(case.model)
+    with torch.autocast("cpu", torch.bfloat16):
+        P, Q = other.get_submodule(case.names[0]).factors()
+        assert (P @ Q).dtype == torch.bfloat16, "autocast would round the product"
+        module.merge(other)
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in case.model.state_dict().items())
+
+
+@methods
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_adapters_are_float32_at_least_give_the_layers_dtype_and_train(method, dtype):
     case, module = trained_case("encoder", method, dtype)
