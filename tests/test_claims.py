@@ -117,9 +117,11 @@ def test_the_words_about_the_contradiction_are_true_of_the_rows():
     assert max(tlora.values()) < max(lora.values()) and max(lora.values()) - max(tlora.values()) < lora[low] - tlora[low]
     made_up = {"lora": {-12: 80.0, -10: 90.0, -8: 20.0}, "tlora": {-12: 40.0, -10: 50.0, -8: 70.0, -6: 75.0},
                "tlora_plus": {-12: 70.0, -10: 85.0, -8: 30.0}}  # fmt: skip
-    words = " ".join(claims.contradiction(made_up, {"cola": -1.26}).split())
+    words = " ".join(claims.contradiction(made_up, {"cola": -1.26}, (-16.66, -7.14)).split())
     assert "at 0.00316, the best rate of TLoRA+, TLoRA is last with 50.0 (TLoRA+ 85.0, LoRA 90.0); at 0.01 it is first" in words
-    assert "its B trains at 8 times that, at its best at 0.0253, where TLoRA, which trains B alone, is best at 0.0316" in words
+    assert "its B trains at 8 times that (ratio 4, " in words
+    assert "at its best at 0.0253, where TLoRA, which trains B alone, is best at 0.0316" in words
+    assert "TLoRA is -16.7 points from LoRA with it and -7.1 without it" in words
     assert claims.B_TIMES == tlora_plus.rate_ratios(float(methods.options("tlora_plus")["ratio"][1]), 2, 3, 4, 5)[1]
     assert "distance is 15.0 points instead of the 40.0" in words and "(cola -1.3, " in words
     with open(claims.PAGE, encoding="utf-8") as f:
