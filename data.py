@@ -143,17 +143,14 @@ def load_prompts(task: Task, path: str | Path | None, labelled: bool = True) -> 
 
 
 def load_custom(
-    path: str | Path, text: str | Sequence[str], label: str, task: Task | None = None, *,
-    kind=None, merge_labels=False, classes_ok=False,
+    path: str | Path, text: str | Sequence[str], label: str, *, kind=None, merge_labels=False, classes_ok=False
 ) -> tuple[Task, list[Example]]:  # fmt: skip
     """(Task, examples) of your own .csv, .tsv or .jsonl: `text` names one or two columns, `label` one.
 
     Labels are classes, their names trimmed, sorted and kept in task.labels; numbers of which some have a fraction are
     scores; `kind` decides otherwise. Labels that differ in case or spaces alone are one class with `merge_labels`, else an
-    error. So are more classes than one means, unless `classes_ok`. With `task`, of an earlier file, its classes are expected.
+    error. So are more classes than one means, unless `classes_ok`. `load` reads a second file with the Task of the first.
     """
-    if task:
-        return task, load(task, path)
     text = (text,) if isinstance(text, str) else tuple(text)
     if len(text) not in (1, 2):
         raise ValueError(f"text is one column or two, not {len(text)}: {', '.join(text)}")
@@ -213,8 +210,9 @@ def own_classes(path: str | Path, column: str, labels: Sequence[tuple[int, str]]
 
 
 def empty(examples: Iterable[Example]) -> int:
-    """How many examples have a text without a word. Chats never do: their reader refuses them."""
-    return sum(any(isinstance(text, str) and not text.strip() for text in e.text) for e in examples)
+    """How many examples have a text, or a chat whose last turn is, without a word."""
+    lasts = (e.text if isinstance(e.text[0], str) else e.text[-1][1:] for e in examples)
+    return sum(any(not text.strip() for text in texts) for texts in lasts)
 
 
 # -------------------------------------------------------------------- features and batches

@@ -192,7 +192,10 @@ def slow_down(model: nn.Module) -> None:
 
 def describe(layer: nn.Module) -> str:
     W0 = layer.base.weight
-    if not can_fold(W0.dtype):
-        return f"two thin products ({str(W0.dtype)[6:]} arithmetic would round the update away in W0 + PQ)"
+    device, dtype = W0.device.type, W0.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # as in `Fast.forward`
+        dtype = torch.get_autocast_dtype(device)
+    if not can_fold(dtype):
+        return f"two thin products ({str(dtype)[6:]} arithmetic would round the update away in W0 + PQ)"
     one = f"W0 + PQ in one product from {fold_from(*W0.shape)} tokens on, two thin products below"
     return f"two thin products for the dropout's sake; in eval mode {one}" if getattr(layer, "dropout", 0.0) else one

@@ -34,10 +34,12 @@ def read(task: data.Task, source: str) -> list[data.Example]:
     if source != "-":
         return data.load(task, source, "test")
     name = task.columns[0][0] if task.template not in ("", "chat") else ""  # that the template of prompts frames
-    if name and len(task.columns) > 2:
-        raise ValueError(
-            f"the run's template joins {len(task.columns) - 1} columns, standard input has one text a line: give a file"
-        )
+    if name:
+        try:
+            task.template.format_map({name: ""})
+        except (LookupError, TypeError, ValueError, AttributeError):
+            words = f"the run's template takes more than column {name!r}, standard input has one text a line: give a file"
+            raise ValueError(words) from None
     content = files.decode("<stdin>", sys.stdin.buffer.read())
     if not content:
         raise files.bad("<stdin>", 1, "there is no line")
@@ -109,7 +111,7 @@ def remark(run: Run, examples: Sequence[data.Example], features: Sequence[dict])
     if empty:
         print(f"predict.py: {empty:,} of {len(examples):,} rows have an empty text", file=sys.stderr)
     if cut:
-        print(f"predict.py: {cut:,} of {len(examples):,} texts are longer than the run's {run.settings.max_length} tokens: "
+        print(f"predict.py: {cut:,} of {len(examples):,} texts do not fit in the run's {run.settings.max_length} tokens: "
               "cut", file=sys.stderr)  # fmt: skip
 
 

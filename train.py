@@ -6,10 +6,10 @@
     python train.py @recipes/triadapt-deberta-rte.txt --data path/to/RTE       # a run of the papers, flags from a file
     python train.py --method full --task mlm --scratch --save-base base.safetensors
 
-A method is a module with the verbs inject, param_groups, merge and, where it has them, calibrate (looks at
-data before training), penalty (a term of the loss), before_step and after_step (act while training) and watch
-(numbers per layer worth seeing). This loop calls the verbs and knows nothing else of a method; the flags of a method are
-the keyword arguments of its inject and calibrate, with their defaults and their docstrings' words.
+A method is a module with the verbs inject, param_groups, merge and, where it has them, calibrate (looks at data before
+training) with describe (what it found, for a JSON file), penalty (a term of the loss), before_step and after_step (act
+while training) and watch (numbers per layer worth seeing). This loop calls the verbs and knows nothing else of a method;
+the flags of a method are the keyword arguments of its inject and calibrate, with their defaults and their docstrings' words.
 """
 
 import contextlib
@@ -244,7 +244,7 @@ def remark(run: Run) -> None:
         if n := data.empty(rows):
             print(f"empty   {n:,} of {len(rows):,} {name} rows have an empty text")
     if cut := sum(row["cut"] for row in run.train_features):
-        print(f"cut     {cut:,} of {len(run.train):,} training texts are longer than --max-length {s.max_length} tokens")
+        print(f"cut     {cut:,} of {len(run.train):,} training texts do not fit in --max-length {s.max_length} tokens")
 
 
 def introduce(run: Run, progress: folder.Progress) -> None:
@@ -290,7 +290,7 @@ def show(run: Run, progress: folder.Progress, theirs: Mapping[str, tuple]) -> No
     if s.export_merged:
         exports.export_merged(run, s.export_merged)
     names = [name for name in run.task.metrics if name in last] or ["dev_loss"]
-    best = (min if names[0] == "dev_loss" else max)(progress.history, key=lambda row: row[names[0]])
+    best = report.best_of(progress.history, names[0])
     print(", ".join(f"{name} {last[name]:.4f}" for name in names)
           + f" (best {names[0]} {best[names[0]]:.4f} at epoch {best['epoch']:.3g})"
           + (f", rank total {last['rank_total']}" if "rank_total" in last else ""))  # fmt: skip

@@ -32,6 +32,7 @@ and the default here; `preserve=True` makes growth leave the function as it is.
 This file needs torch alone; copy it and call
 
     names = inject(model, ["q_proj", "v_proj"], interval=100, t0=100)
+    model.score.requires_grad_(True)                        # the task head, whatever its name: inject froze it too
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.0))
     for step in range(1, total + 1):
         loss = loss_of(model, batch) + penalty(model)       # Eq. 10

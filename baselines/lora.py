@@ -154,7 +154,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter alone: all that is trained (the task head too), what was drawn, and how to wrap it again.
 
     safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
-    neither. ValueError if nothing is wrapped.
+    neither. ValueError if nothing is wrapped, or if a layer is of a baseline that builds on this file.
     """
     while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):  # no part of the names
         model = next(model.children())

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import data
 from harness import backbones, folder, sealed
@@ -27,8 +27,8 @@ from reading.files import read_text, replace_file, write_text
 
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "span": "QUESTION_ANS", "lm": "CAUSAL_LM"}
 PIPELINES = {"SEQ_CLS": "text-classification", "QUESTION_ANS": "question-answering", "CAUSAL_LM": "text-generation"}
-# Flags that name a place on the machine that trained.
-PLACES = {"--data", "--dev", "--out", "--base", "--compare", "--save-base", "--template", "--export-peft",
+# Words before a place on the machine that trained: flags, and export.py, whose first is the run.
+PLACES = {"export.py", "--data", "--dev", "--out", "--base", "--compare", "--save-base", "--template", "--export-peft",
           "--export-merged", "--from-peft"}  # fmt: skip
 FACTS = {"task": dict, "max_length": int, "max_new": int, "base": str | None, "dtype": str}  # task.json
 # What adapter_config.json may set for a plain LoRA, and what to these values alone.
@@ -330,10 +330,7 @@ def read_lora(file: str, heads: Sequence[str]) -> tuple[dict[str, list[torch.Ten
     """({layer: (A, B)}, {name: tensor} of the head) of adapter_model.safetensors, in float32. No pickle is ever read."""
     if not os.path.exists(file):
         raise ValueError(f"{file} does not exist, and no other format is read")
-    try:
-        tensors = {key.removeprefix("base_model.model."): value.float() for key, value in load_file(file).items()}
-    except Exception as e:  # safetensors and torch raise several kinds
-        raise ValueError(f"{file} cannot be read as safetensors: {e}".splitlines()[0]) from None
+    tensors = {key.removeprefix("base_model.model."): value.float() for key, value in sealed.raw(file)[0].items()}
     layers, state = {}, {}
     for name, value in tensors.items():
         if found := re.fullmatch(r"(.+)\.lora_[AB]\.weight", name):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 
+from fast import has_factors
 from harness import folder
 from harness.methods import METHODS
 from harness.run import Run, factors_of
@@ -115,20 +116,13 @@ def draw(run: Run, progress: folder.Progress, compared: tuple[str, dict[str, tor
         else:
             rows = [(row["step"], row[quantity]) for row in watched]
             drawn.append(heat_map(out, quantity, rows, meaning(method, quantity)))
-    if thin := {name: run.model.get_submodule(name) for name in run.layers if low_rank(run.model.get_submodule(name))}:
+    layers = {name: run.model.get_submodule(name) for name in run.layers}
+    if thin := {name: layer for name, layer in layers.items() if has_factors(layer)}:
         drawn.append(histograms(out, thin, METHODS[method][1]))
         drawn.append(eigenvalues(out, thin, compared))
     if os.path.exists(os.path.join(out, "plan.json")):
         drawn.append(spectrum(out, method))
     return [name for name in drawn if name]
-
-
-def low_rank(layer: torch.nn.Module) -> bool:
-    """Whether the layer's update is a product of two thin factors: DoRA's is none, an adapter behind a layer neither."""
-    try:
-        return bool(layer.factors())
-    except (AttributeError, ValueError):
-        return False
 
 
 def rank_history(rows: Sequence[dict], start: int | None) -> list[tuple[int, dict[str, int]]]:

@@ -2,7 +2,7 @@
 
     config.json            every setting, the layers adapted, versions, the command; `finished` marks a whole run
     metrics.jsonl          a line per evaluation
-    layers.jsonl           a line per evaluation: what the method's `watch` shows, layer by layer
+    layers.jsonl           a line per evaluation, of what the method's `watch` shows layer by layer, and one per event
     adapter.safetensors    what was trained and what the method drew at random, task head included
     state.safetensors      only while training: all of the above and all that --resume needs, in one file
 
@@ -133,7 +133,7 @@ def written(out: str) -> list[str]:
 
 @contextlib.contextmanager
 def lock(out: str) -> Iterator[None]:
-    """Keep other runs out of the folder until this process ends, however it ends. ValueError if one is in it."""
+    """Keep other runs out of the folder meanwhile; a process that dies frees it too. ValueError if one is in it."""
     os.makedirs(out, exist_ok=True)
     if fcntl is None:
         yield
@@ -271,7 +271,8 @@ def state_to_resume(run) -> tuple[dict[str, torch.Tensor], dict, dict] | None:
     """
     s, out, state = run.settings, run.settings.out, None
     if s.resume:
-        before, state = read_config(out), load_state(out)
+        read_config(out)  # which says what is wrong with the folder
+        state = load_state(out)
         before = state[2]["essence"]
     elif "config.json" not in written(out) or s.overwrite:
         return None

@@ -114,6 +114,9 @@ class Run:
         if hasattr(method, "calibrate"):
             extra["plan"] = self.plan = self.calibrate(targets, **extra)  # type: ignore[assignment]
         self.layers = method.inject(self.model, targets, **extra, **methods.accepted(method.inject, s.options))
+        heads = tuple(name + "." for name in modelling.head_modules(self.model))
+        if inside := [name for name in self.layers if f"{name}.".startswith(heads)]:
+            raise ValueError(f"layer {inside[0]} is part of the task head: leave it out with --exclude {' '.join(inside)}")
         self.train_head()
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(f"nothing to train: method {s.method} with --freeze-head")
@@ -128,6 +131,8 @@ class Run:
     def calibrate(self, targets: Sequence[str], **extra) -> dict:
         """Show the method the first rows of the seeded shuffle, one at a time, without padding."""
         s, features = self.settings, self.train_features
+        if s.options["samples"] < 1:
+            raise ValueError(f"--samples {s.options['samples']} is below 1")
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(s.seed)).tolist()
         chosen = [features[i] for i in order[: s.options["samples"]]]
         rows = [next(data.batches([f], self.task, 1, self.tokenizer.pad_id, shuffle_seed=s.seed)) for f in chosen]
@@ -152,7 +157,8 @@ class Run:
         """Let layers compute by fast.py, as --fast says, in training and afterwards: {words: how many layers}."""
         s = self.settings
         wanted = self.device.type == "cpu" and not s.compile if s.fast is None else s.fast
-        return Counter(fast.speed_up(self.model).values()) if wanted else {}
+        with self.autocast():  # the words depend on it
+            return Counter(fast.speed_up(self.model).values()) if wanted else {}
 
     def train_head(self) -> None:
         for name in modelling.head_modules(self.model):
@@ -334,7 +340,7 @@ def load_task(s: Settings) -> tuple[data.Task, list[data.Example], list[data.Exa
     """(task, training examples, development examples)."""
     if s.text:
         flags = {"kind": s.kind, "merge_labels": s.merge_labels, "classes_ok": s.classes_ok}
-        task, rows = data.load_custom(s.data, s.text, s.label, **flags)  # type: ignore[arg-type]
+        task, rows = data.load_custom(s.data, s.text, s.label, **flags)
         return task, *split(s, rows, data.load(task, s.dev, "dev") if s.dev else None)
     task = data.TASKS[s.task]
     if s.task == "sft":

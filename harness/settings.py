@@ -392,6 +392,8 @@ def check(s: Settings) -> None:
         raise ValueError("--prompt, --answer, --template and --score go with --task sft")
     if bool(s.prompt) != bool(s.answer) or s.template not in (None, "chat") and not s.prompt:
         raise ValueError("--prompt COLUMN and --answer COLUMN go together, and a --template FILE with them")
+    if s.answer and s.answer in s.prompt:
+        raise ValueError(f"--answer {s.answer} is among the columns of --prompt: the answer would stand in the question")
     if s.text is not None and (s.data is None or s.label is None):
         raise ValueError("--text goes with --data FILE and --label COLUMN")
     if s.text is not None and s.label in s.text:

@@ -87,7 +87,7 @@ def split_lines(path: str | Path, text: str) -> list[str]:
     return lines
 
 
-def csv_rows(path: str | Path, text: str, columns: Iterable[Sequence[str]] = ()) -> list[tuple[int, list[str]]]:
+def csv_rows(path: str | Path, text: str, columns: Iterable[Sequence[str]]) -> list[tuple[int, list[str]]]:
     r"""[(line, fields)] of a .csv with its quoting; a quoted field may hold separators and line ends. The separator is that
     with which the header has most of `columns`, the names that each goes by.
 
@@ -183,7 +183,7 @@ def rejoined(rows: Sequence[tuple[int, list[str]]], width: int) -> list[tuple[in
     return whole
 
 
-def read_table(path: str | Path, task=None) -> tuple[Sequence[str], list[tuple[int, dict]]]:
+def read_table(path: str | Path, task) -> tuple[Sequence[str], list[tuple[int, dict]]]:
     """(columns, [(line, {column: value})]) of a .csv, a .jsonl or .json (an object per line, or a list of them), else a TSV.
 
     TSV fields have no quoting: a quote is text. A first line that is a row of `task` is no header. A .csv may have
@@ -195,11 +195,11 @@ def read_table(path: str | Path, task=None) -> tuple[Sequence[str], list[tuple[i
         rows = json_rows(path, text)
         return list(rows[0][1]), rows
     if ending == ".csv":
-        rows = csv_rows(path, text, task.columns if task else ())
+        rows = csv_rows(path, text, task.columns)
     else:
         rows = [(i, line.split("\t")) for i, line in enumerate(split_lines(path, text), 1)]
     columns = rows[0][1]
-    if task and is_row(task, columns):
+    if is_row(task, columns):
         columns = task.header
     else:
         del rows[0]
@@ -209,7 +209,7 @@ def read_table(path: str | Path, task=None) -> tuple[Sequence[str], list[tuple[i
     if not rows:
         ends = ": its lines end with \\r alone, save it with \\n" if "\r" in text.strip("\r\n") else ""
         raise bad(path, 1, f"a header and no rows{ends}")
-    official = bool(task) and list(columns) == list(task.header)
+    official = list(columns) == list(task.header)
     rows = rejoined(rows, len(columns)) if official and task.name == "qqp" else rows
     for line, fields in rows:
         if len(fields) != len(columns):
@@ -230,7 +230,7 @@ def number(value: str) -> float | None:
 
 @functools.lru_cache(100_000)
 def same(label: str) -> str:
-    """What labels have in common that people take for one: no case, no spaces around it, one Unicode form."""
+    """What labels have in common that people take for one: no case, no spaces around it, single ones inside, one Unicode form."""
     return " ".join(unicodedata.normalize("NFC", label).casefold().split())
 
 
@@ -403,7 +403,7 @@ def file_names(task, split: str) -> list[str]:
     """The names that a split's file goes by, the official one first."""
     if task.name == "mnli":
         split = {"dev": "dev_matched", "test": "test_matched"}.get(split, split)
-    if split not in (MNLI_SPLITS if task.name == "mnli" else SPLITS):
+    if split not in splits(task):
         raise ValueError(f"{task.name} has no split {split!r}; splits: {', '.join(splits(task))}")
     if task.name == "squad":
         return [f"{split}-v2.0.json", f"{split}.json"]

@@ -68,7 +68,7 @@ def column_turns(
     parts = {name: words(path, line, row, name) for name in prompt}
     try:
         asked = template.format_map({**row, **parts}) if template else "\n".join(filter(None, parts.values()))
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise bad(path, line, f"the template does not fit the row: {brief(str(error))}") from None
     if not asked:
         raise bad(path, line, f"the prompt ({', '.join(prompt)}) is empty")

@@ -33,14 +33,13 @@ class Tokenizer:
         if isinstance(source, tokenizers.Tokenizer):
             backend, self.typed = source, True
             specials = [source.token_to_id(token) for token in self.SPECIALS]
-            self.pad_id, self.cls_id, self.sep_id, self.mask_id = specials
+            self.pad_id, _, self.sep_id, self.mask_id = specials
         else:
             backend = getattr(source, "backend_tokenizer", None)
             if backend is None:
                 raise ValueError("the checkpoint has no fast tokenizer (tokenizer.json)")
             specials, self.typed = source.all_special_ids, "token_type_ids" in source.model_input_names
             self.sep_id = source.eos_token_id if source.sep_token_id is None else source.sep_token_id
-            self.cls_id = source.bos_token_id if source.cls_token_id is None else source.cls_token_id
             self.pad_id = self.sep_id if source.pad_token_id is None else source.pad_token_id
             self.mask_id = source.mask_token_id
         self.special_ids = set(specials)

@@ -420,6 +420,7 @@ def test_the_lines_of_a_span_readers_card_run(folders, tmp_path, monkeypatch, ca
 def test_a_command_keeps_no_folder_but_the_bases():
     command = "python train.py --backbone '/a b/base' --data=/x/y/rows.csv --text a/b --out /x/run/ --lr 1e-3"
     assert exports.portable(command) == "python train.py --backbone '/a b/base' --data rows.csv --text a/b --out run --lr 1e-3"
+    assert exports.portable("python export.py /home/me/run --from-peft /a/adapter") == "python export.py run --from-peft adapter"
 
 
 # ------------------------------------------------------------------- and back

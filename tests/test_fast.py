@@ -566,3 +566,14 @@ def test_it_needs_torch_alone():
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
             assert all(n.split(".")[0] == "torch" or n in sys.stdlib_module_names for n in names), names
+
+
+def test_the_words_follow_the_arithmetic_of_autocast():
+    model = nn.Sequential(nn.Linear(8, 8))
+    triadapt.inject(model, ["0"])
+    assert fast.speed_up(model)["0"].startswith("W0 + PQ in one product from ")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast.speed_up(model)["0"].startswith("two thin products (bfloat16 arithmetic would round the update away")
+    model.double()
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        assert fast.speed_up(model)["0"].startswith("W0 + PQ in one product from ")

@@ -388,7 +388,7 @@ def test_custom_classes_are_found_sorted_and_kept(tmp_path):
         Example("9", ("so so",), 1),
     ]
     dev = write(tmp_path / "dev.tsv", "stars\treview\nup\tfine\n")
-    assert data.load_custom(dev, ["review"], "stars", task) == (task, [Example("0", ("fine",), 2)])
+    assert data.load(task, dev) == [Example("0", ("fine",), 2)]
     new = write(
         tmp_path / "new.jsonl",
         '{"review": "?"}\n{"review": "!", "stars": "up"}\n{"review": "!", "stars": null}',
@@ -400,10 +400,10 @@ def test_custom_classes_are_found_sorted_and_kept(tmp_path):
     assert [e.label for e in data.load(task, write(tmp_path / "new.csv", "review\nhm\n"), "test")] == [None]
     other = write(tmp_path / "other.csv", "review,stars\nhm,sideways\n")
     with pytest.raises(ValueError, match="other.csv:2: label 'sideways' is not one of 'down, even, up'$"):
-        data.load_custom(other, "review", "stars", task)
+        data.load(task, other)
     other = write(tmp_path / "other.csv", "review,stars\nhm,0\n")  # an integer is no code for a class of yours
     with pytest.raises(ValueError, match="label '0' is not one of"):
-        data.load_custom(other, "review", "stars", task)
+        data.load(task, other)
 
 
 @pytest.mark.parametrize(

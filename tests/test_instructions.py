@@ -129,6 +129,8 @@ def test_how_a_prompt_is_cut_does_not_depend_on_its_answer():
         ('{"q": "x", "a": "y"}', {"prompt": ("q",), "answer": "b"}, ":1: there is no answer to learn from"),
         ('{"q": "x", "a": "y"}', {"prompt": ("q",), "answer": "a", "template": "{z}"},
          ":1: the template does not fit the row: \"'z'\""),
+        ('{"q": "x", "a": "y", "n": "z"}', {"prompt": ("q",), "answer": "a", "template": "{q} {n[x]}"},
+         ":1: the template does not fit the row: 'string indices must be integers"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_with_file_and_line(text, more, words, tmp_path):
@@ -235,6 +237,7 @@ def test_among_options_the_likeliest_is_chosen(tmp_path, capsys):
     [
         (["--prompt", "ask"], "--prompt COLUMN and --answer COLUMN go together"),
         (["--template", "t.txt"], "and a --template FILE with them"),
+        (["--prompt", "ask", "say", "--answer", "say"], "--answer say is among the columns of --prompt"),
         (["--prompt", "ask", "--answer", "say", "--template", "missing.txt"], "missing.txt: No such file or directory"),
         (["--template", "chat"], "--template chat: the tokenizer has no chat template"),
     ],
@@ -373,13 +376,29 @@ def test_an_answer_ends_where_the_chat_template_ends_a_turn(llama, monkeypatch):
     assert stops == [1]
 
 
+def test_a_chat_whose_last_turn_has_no_word_is_counted_as_empty():
+    said = [
+        (("user", "w1"),),
+        (("user", ""),),
+        (
+            ("user", "w1"),
+            ("assistant", "w2"),
+            ("user", " \n"),
+        ),
+    ]
+    assert data.empty([instructions.Chat(str(i), turns) for i, turns in enumerate(said)]) == 2
+    assert data.empty([data.Example("0", ("a", " ")), data.Example("1", ("a", "b"))]) == 1
+
+
 def test_a_template_frames_the_lines_of_standard_input_too(tmp_path, monkeypatch):
     columns, text = (("query",), ("answer",)), type("Input", (), {"buffer": io.BytesIO(b"w1\nw2\n")})
     monkeypatch.setattr("sys.stdin", text)
     task = replace(data.TASKS["sft"], columns=columns, template="Q: {query} A:")
     assert [e.text for e in predict.read(task, "-")] == [(("user", "Q: w1 A:"),), (("user", "Q: w2 A:"),)]
-    with pytest.raises(ValueError, match="the run's template joins 2 columns, standard input has one text a line"):
+    with pytest.raises(ValueError, match="the run's template takes more than column 'hint', standard input has one text a line"):
         predict.read(replace(task, columns=(("hint",), *columns)), "-")
+    with pytest.raises(ValueError, match="the run's template takes more than column 'query', standard input has one text a line"):
+        predict.read(replace(task, template="{query} in {language}"), "-")  # of the row, and none of --prompt
 
 
 def test_a_base_in_bf16_has_adapters_in_float32_and_learns_as_in_float32(llama, tmp_path, capsys):

@@ -268,13 +268,13 @@ def test_empty_and_long_texts_are_counted(tmp_path, capsys):
     out = capsys.readouterr().out
     words = "rows have an empty text"
     assert lines_of(out, "empty") == [f"empty   20 of 40 training {words}", f"empty   6 of 12 development {words}"]
-    assert lines_of(out, "cut") == ["cut     10 of 40 training texts are longer than --max-length 128 tokens"]
+    assert lines_of(out, "cut") == ["cut     10 of 40 training texts do not fit in --max-length 128 tokens"]
     assert lines_of(out, "note    a dev") == []
     assert predict.main([str(tmp_path / "out"), str(dev), "--format", "jsonl"]) == 0
     screen = capsys.readouterr()
     assert screen.err.splitlines()[:2] == [
         f"predict.py: 6 of 12 {words}",
-        "predict.py: 3 of 12 texts are longer than the run's 128 tokens: cut",
+        "predict.py: 3 of 12 texts do not fit in the run's 128 tokens: cut",
     ]
     assert len(screen.out.splitlines()) == 12
 

@@ -8,8 +8,9 @@ import torch
 from short import METHODS, TINY, go
 
 import data
+import fast
 import train
-from harness import figures, folder, methods
+from harness import folder, methods
 from harness import run as running
 from harness.run import Run
 from harness.settings import Settings, parse
@@ -130,7 +131,7 @@ def test_what_has_no_factors_and_cannot_be_merged_is_named_so(csv, tmp_path):
                                *["--rank", "4"] * (method == "tlora")]))  # fmt: skip
         run.adapt()
         layers = [run.model.get_submodule(name) for name in run.layers]
-        assert (bool(layers) and all(map(figures.low_rank, layers))) == (method not in methods.NO_FACTORS), method
+        assert (bool(layers) and all(map(fast.has_factors, layers))) == (method not in methods.NO_FACTORS), method
         if method in methods.NO_MERGE:
             with pytest.raises(ValueError, match="cannot be merged"):
                 run.method.merge(run.model)

@@ -56,7 +56,7 @@ def test_a_word_is_the_same_tokens_wherever_it_stands(tokenizer):
 def test_tokenizer_frames_types_offsets_and_sequences(tokenizer):
     text = "the cat", "sees the dog"
     single, pair = tokenizer.encode([text[:1], text])
-    assert (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id) == (0, 1, 2, 3)
+    assert (tokenizer.pad_id, tokenizer.sep_id, tokenizer.mask_id) == (0, 2, 3)
     the, cat = single["input_ids"][1:-1]
     assert single["input_ids"] == [1, the, cat, 2] and single["token_type_ids"] == [0] * 4
     sees, again, dog = pair["input_ids"][4:-1]
@@ -98,7 +98,7 @@ def test_a_hugging_face_tokenizer_gives_its_own_ids_and_is_left_as_it_was(tokeni
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     before = fast.backend_tokenizer.to_str()
     ours = data.Tokenizer(fast)
-    assert (ours.pad_id, ours.cls_id, ours.sep_id, ours.mask_id, ours.vocab_size) == (0, 1, 2, 3, 350)
+    assert (ours.pad_id, ours.sep_id, ours.mask_id, ours.vocab_size) == (0, 2, 3, 350)
     for texts in [("the cat é",), ("the dog", "sees the cat " * 9)]:
         mine = ours.encode([texts], 20)[0]
         theirs = fast(*texts, truncation=True, max_length=20)
@@ -115,7 +115,7 @@ def test_a_decoders_tokenizer_has_no_frame_and_a_line_end_before_the_answer(toke
     raw = json.loads(tokenizer.backend.to_str()) | {"post_processor": None}
     backend = type(tokenizer.backend).from_str(json.dumps(raw))
     ours = data.Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[SEP]"))
-    assert (ours.pad_id, ours.cls_id, ours.sep_id, ours.mask_id) == (2, None, 2, None)
+    assert (ours.pad_id, ours.sep_id, ours.mask_id) == (2, 2, None)
     assert ours.encode([("",)])[0]["input_ids"] == [2]  # never a row without a token
     row = data.features(TASKS["math"], [Example("0", ("how many ?",), "two #### 2")], ours, 64)[0]
     assert ours.decode(row["input_ids"][: row["prompt"]]) == "how many ? \n"

@@ -60,6 +60,8 @@ def test_grouped():
         (["--method", "triadapt", "--rank", "17"], "rank 17 does not fit layer"),
         (["--targets", "query"], "target 'query' matches no nn.Linear; names end in: down_proj, head"),
         (["--method", "head", "--freeze-head"], "nothing to train"),
+        (["--rank", "2", "--targets", "q_proj", "head"], "layer head is part of the task head: leave it out with --exclude head"),
+        (["--method", "task_tlora", "--samples", "-5"], "--samples -5 is below 1"),
         (["--base", "nowhere.safetensors"], "--scratch"),
     ],
 )
