@@ -6,6 +6,10 @@ nothing is to be merged.
 
 from collections.abc import Sequence
 
+from baselines import full
+
+param_groups, merge = full.param_groups, full.merge
+
 
 def inject(model, targets: Sequence[str] | None = None) -> list[str]:
     """Freeze everything but the biases. Returns [] for no layer is wrapped; ValueError if there is no bias."""
@@ -15,18 +19,4 @@ def inject(model, targets: Sequence[str] | None = None) -> list[str]:
     model.requires_grad_(False)
     for p in biases:
         p.requires_grad_(True)
-    return []
-
-
-def param_groups(model, lr: float, weight_decay: float) -> list[dict]:
-    """Groups for torch.optim.AdamW: the task head as the run says, no weight decay for the biases."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in params if p.dim() >= 2], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "lr": lr, "weight_decay": 0.0},
-    ]
-
-
-def merge(model) -> list[str]:
-    """Nothing to fold: the biases are the model's own. Returns []."""
     return []

@@ -18,7 +18,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from baselines import lora
+from baselines import full, lora
+
+param_groups = full.param_groups  # no weight decay for biases and norms, as the authors' code
 
 # How the output projections end in our own transformer, LLaMA and Mistral; RoBERTa, BERT and DeBERTa; T5; GPT-2; OPT.
 ATTENTION = ("o_proj", "attention.output.dense", "SelfAttention.o", "EncDecAttention.o", "attn.c_proj", "out_proj")
@@ -85,15 +87,6 @@ def inject(model: nn.Module, targets: Sequence[str], *, bottleneck: int = 64, pl
         if "Norm" in type(module).__name__:  # LayerNorm, and the RMS norms of LLaMA and T5, which are classes of theirs
             module.requires_grad_(True)
     return list(linears)
-
-
-def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
-    """Groups for torch.optim.AdamW: weight decay for matrices, none for biases and norms, as the authors' code."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in params if p.dim() >= 2], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "lr": lr, "weight_decay": 0.0},
-    ]
 
 
 def merge(model: nn.Module) -> list[str]:

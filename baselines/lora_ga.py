@@ -60,7 +60,7 @@ def mean_gradients(
 
 def approximated(G: torch.Tensor, r: int, gamma: float, variant: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """B0 (m, r), A0 (r, n) and the singular values that were found of a gradient G (m, n)."""
-    torch.manual_seed(0)  # of the randomised decomposition: the same plan from the same gradients
+    torch.default_generator.manual_seed(0)  # the CPU's, where G is: the same plan from the same gradients
     U, S, V = torch.svd_lowrank(G, q=min(4 * r, *G.shape), niter=4)
     scale = len(G) ** 0.25 / gamma**0.5
     B, A = U[:, r : 2 * r] * scale, V[:, :r].mT

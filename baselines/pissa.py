@@ -102,5 +102,7 @@ def inject(
     """
     if niter < 0:
         raise ValueError(f"niter {niter} is below 0")
+    if not alpha > 0:
+        raise ValueError(f"alpha {alpha} is not above 0: the start is divided by its root")
     names = lora.inject(model, targets, rank=rank, alpha=alpha, dropout=dropout, **walk)
     return begin(model, names, lambda name, layer: principal(wide(layer.weight), layer.rank, layer.scaling, niter))

@@ -53,7 +53,9 @@ def follow(
     start: Callable[[Start, float], tuple[torch.Tensor, torch.Tensor]],
     **options,
 ) -> list[str]:
-    """Inject with start(what the plan says of a layer, its scaling) as B0 and A0."""
+    """Inject with start(what the plan says of a layer, its scaling) as B0 and A0. ValueError if alpha is not above 0."""
+    if not options["alpha"] > 0:
+        raise ValueError(f"alpha {options['alpha']} is not above 0: the start is divided by its root")
     if plan is not None:
         walk = {key: value for key, value in options.items() if key not in ("rank", "alpha", "dropout")}
         shapes = {name: tuple(m.weight.shape) for name, m in lora.find_linears(model, targets, **walk).items()}

@@ -168,6 +168,7 @@ def test_wrong_use_is_refused_in_one_line_and_changes_nothing():
         (lambda: corda.calibrate(model, ["0"], [], loss_fn), "layer 0 saw no input but zeros on the samples: leave it out"),
         (lambda: corda.calibrate(unused, ["a", "b"], batches(), run_a, rank=2), "layer b saw no input"),
         (lambda: corda.inject(model, ["0"], plan=plan_of(model)), "the plan is for other layers: 2"),
+        (lambda: corda.inject(model, ["0", "2"], plan=plan_of(model), alpha=-1.0), "alpha -1.0 is not above 0"),
         (lambda: corda.inject(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(24, 24)), ["0", "2"],
                               plan=plan_of(model)), "the plan is for other layers: 0"),
     ]:  # fmt: skip

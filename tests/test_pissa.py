@@ -44,6 +44,8 @@ def test_the_randomised_svd_spans_the_same_where_the_spectrum_has_a_gap():
     assert not torch.equal(models[0][0].A, models[1][0].A)
     with pytest.raises(ValueError, match="niter -1 is below 0"):
         made(niter=-1)
+    with pytest.raises(ValueError, match="alpha 0.0 is not above 0: the start is divided by its root"):
+        made(alpha=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
