@@ -257,7 +257,7 @@ def said_of_P2(rows, found):
     on_math, math_half, _ = paired(differences(rows, "tlora_plus-no-decay", "tlora_plus", tasks=["math"]))
     from_lora = found["tlora_plus-no-decay", "lora", 0.0]
     return (
-        f"{words} Without the decay it is {mean:+.1f} ± {half:.1f} above itself (math {on_math:+.1f} ± {math_half:.1f}), and "
+        f"{words} Taking the decay away moves it by {mean:+.1f} ± {half:.1f} points (math {on_math:+.1f} ± {math_half:.1f}): "
         f"{from_lora[0]:+.1f} ± {from_lora[1]:.1f} from LoRA, which has none."
     )
 

@@ -600,7 +600,8 @@ def report(results):
             parts.append("\n" + table(["line", "source", "change", "why no test notices"], survivors) + "\n")
     head = (
         "`python bench/mutate.py --all --write`: one point of a file changed at a time, and whether a test fails.\n"
-        "The share is killed / (mutants - equivalent). Below, each mutant that no test notices, with the reason.\n\n"
+        "The share is killed / (mutants - equivalent). Below, each mutant that no test notices, with the reason.\n"
+        f"Made on {time.strftime('%Y-%m-%d')}: a file that changed since has other lines.\n\n"
     )
     with open(REPORT, "w") as file:
         file.write(head + table(["file", "mutants", "killed", "equivalent", "share"], rows) + "\n" + "".join(parts))

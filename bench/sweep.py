@@ -12,8 +12,8 @@ A row is one `python train.py` with the flags that stand in it: the scores after
 hardware, and a fingerprint of all that the numbers depend on. What is kept in bench/sweep.jsonl is not run again; rows
 of another fingerprint are left where they are and do not count. `repeat` makes of each method one row a task of --tasks again
 that was made with the code in DIR: where all are the same to the last digit, the method's rows of that code count as today's,
-and keep the older fingerprint as `made_with`. Several of these commands may run at once, on one
-machine or on many: `--rows FILE` writes elsewhere, and joining the files joins the rows.
+those of other flags and of the encoder too, and keep the older fingerprint as `made_with`. Several of these commands may run
+at once, on one machine or on many: `--rows FILE` writes elsewhere, and joining the files joins the rows.
 """
 
 import argparse

@@ -126,7 +126,7 @@ class Settings:
 
     device: str = flag("auto", "default auto", choices=("auto", "cpu", "cuda", "mps"), group="machine")
     precision: str = flag("auto", "auto: bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16"))
-    # On an H200 one function a layer was up to a fifth slower than the files' own way and took 0.7 to 0.9 of its memory
+    # On an H200 one function a layer was up to a fifth slower than the files' own way and took 0.8 to 0.9 of its memory
     # (bench/speed-cuda-bf16.md, bench/memory-cuda-bf16.md).
     fast: bool | None = flag(None, "compute each adapted layer in one autograd function, fast.py (default: on the CPU)")
     dtype: str = flag("float32", "of a backbone's frozen weights; what is trained stays float32 (default float32)",

@@ -71,9 +71,16 @@ def test_what_is_said_of_tloras_dropout():
     made += rows(**{"tlora-plain": 81.0, "lora_xs-r32": 79.0})
     words = claims.said_of_T2(made, claims.answers(made))
     assert "moves TLoRA by -11.0 points here. Without it TLoRA is -9.0 ± 0.0 from LoRA, and +2.0 ± 0.0" in words
-    assert words.endswith("from LoRA-XS with as many trained numbers.")
-    level = claims.said_of_T2(made, {**claims.answers(made), ("tlora-plain", "lora_xs-r32", 0.0): (0.1, 0.5, 0.7, "undecided")})
-    assert level.endswith("trained numbers: no difference is seen between random outer matrices and singular vectors.")
+    assert "(without math +2.0 ± 0.0) from LoRA-XS with as many trained numbers." in words
+
+
+def test_what_is_said_of_tlora_pluss_decay():
+    made = rows(lora=90.0, tlora_plus=70.0)
+    assert claims.said_of_P2(made, claims.answers(made)).endswith("weight decay of 0.1, at rates far above its paper's 1e-4.")
+    made += rows(**{"tlora_plus-no-decay": 72.0})
+    words = claims.said_of_P2(made, claims.answers(made))
+    assert words.endswith("moves it by +2.0 ± 0.0 points (math +2.0 ± 0.0): -18.0 ± 0.0 from LoRA, which has none.")
+    assert float(METHODS["tlora_plus"][3]) == 0.1 and METHODS["lora"][3] == 0 and methods.options("tlora_plus")["ratio"][1] == "4"
 
 
 def test_what_is_said_of_one_small_rate_for_both():
@@ -86,12 +93,26 @@ def test_what_is_said_of_one_small_rate_for_both():
     assert "moves LoRA by -40.0 points (from 90.0 to 50.0), Task-aware TLoRA by -20.0 (from 80.0 to 60.0)." in words
 
 
+def test_a_longer_schedule_is_compared_on_the_seeds_that_both_have():
+    made = rows(lora=80.0, tlora_plus=60.0)
+    made += [row for row in rows(**{"lora-long": 90.0, "tlora_plus-long": 85.0}) if row["task"] == "math" and row["seed"] < 2]
+    lora, plus = (
+        "| lora | 2 | 80.0 ± 0.0 | 90.0 ± 0.0 | +0.0 | +0.0 |",
+        "| tlora_plus | 2 | 60.0 ± 0.0 | 85.0 ± 0.0 | -20.0 | -5.0 |",
+    )
+    assert claims.longer(made).splitlines()[2:] == [plus, lora]
+    assert claims.longer(made[:-1]).splitlines()[2:] == [lora]  # one seed is none
+
+
 def test_the_table_of_all_methods_best_first_each_once():
     made = rows(lora=80.0, tlora=70.0, tlora_plus=90.0, task_tlora=80.0, lora_r3=75.0)
     lines = claims.beside(made, claims.answers(made)).splitlines()[2:]
     names = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines]
     assert names[:3] == [("tlora_plus", "lora"), ("task_tlora", "lora"), ("tlora", "lora")] and len(set(names)) == len(names)
-    assert {name for name, other in names if other == "lora"} == METHODS.keys() - {"lora", "head"} | {"tlora-plain"}
+    assert {name for name, other in names if other == "lora"} == METHODS.keys() - {"lora", "head"} | {
+        "tlora-plain",
+        "tlora_plus-no-decay",
+    }
     assert lines[0].startswith("| tlora_plus | lora | 0.30 | +10.00 | ± 0.0")
     assert lines[0].endswith("| < 0.0001 | above |" + " +10.0 |" * 5) and lines[2].endswith("| below |" + " -10.0 |" * 5)
     assert lines[3].endswith("| not yet: 0 of 8 seeds |" + "  |" * 5)
