@@ -201,10 +201,16 @@ def readme(rows):
     def both(one):
         return f"{shown(one, 'lora')} ({shown(one, 'lora', sweep.TASKS[:-1])})"
 
+    def on_math(name):
+        at = scores(rows, f"{name}-long"), scores(rows, "lora-long")
+        seeds = [seed for seed in sweep.FRESH if all((seed, "math") in each for each in at)]
+        return f"{statistics.mean(at[0][seed, 'math'] - at[1][seed, 'math'] for seed in seeds):+.1f}"
+
     each = ", ".join(f"{words} {both(name)}" for name, words in four.items())
     return (
         f"points from LoRA ± 95 % (in brackets without `math`): {each}, without its dropout {both('tlora-plain')}; Task-aware "
-        f"TLoRA with both at its paper's 3e-4 {shown('task_tlora-small', 'lora-small')}"
+        f"TLoRA with both at its paper's 3e-4 {shown('task_tlora-small', 'lora-small')}. With 12 epochs of `math` TLoRA+ "
+        f"{on_math('tlora_plus')}, Task-aware TLoRA {on_math('task_tlora')}"
     )
 
 
