@@ -27,12 +27,7 @@ from harness.methods import METHODS
 PAGE = os.path.join(sweep.ROOT, "docs", "claims.md")
 LEVEL = 0.01
 B_TIMES = 8  # the rate of TLoRA+'s B as a multiple of A's, with its default ratio of 4
-PLAIN = [
-    "--dropout",
-    "0",
-    "--lr",
-    "0.0562",
-]  # TLoRA without its dropout at its best rate for all tasks, docs/rates.md: other flags
+PLAIN = ["--dropout", "0", "--lr", "0.0562"]  # TLoRA without its dropout, at its best rate for all tasks (docs/rates.md)
 
 # contestant: (method, flags beside the defaults)
 CONTESTANTS = {
@@ -102,11 +97,8 @@ CLAIMS = {
 # Beside the claims: every method from LoRA, TLoRA without its dropout too, and those with fewer trained numbers from the LoRA
 # that has about as many.
 BESIDE = [(name, "lora", 0.0) for name in METHODS if name not in ("lora", "head")]  # the head alone answers no question in words
-FURTHER = [
-    ("tlora-plain", "lora", 0.0),
-    ("tlora_plus-no-decay", "lora", 0.0),
-    *((name, "lora-r3", 0.0) for name in ("tlora", "task_tlora")),
-]
+FURTHER = [("tlora-plain", "lora", 0.0), ("tlora_plus-no-decay", "lora", 0.0)]
+FURTHER += [(name, "lora-r3", 0.0) for name in ("tlora", "task_tlora")]
 
 
 def wanted(rows, claim):
