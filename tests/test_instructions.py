@@ -130,7 +130,7 @@ def test_how_a_prompt_is_cut_does_not_depend_on_its_answer():
         ('{"q": "x", "a": "y"}', {"prompt": ("q",), "answer": "a", "template": "{z}"},
          ":1: the template does not fit the row: \"'z'\""),
         ('{"q": "x", "a": "y", "n": "z"}', {"prompt": ("q",), "answer": "a", "template": "{q} {n[x]}"},
-         ":1: the template does not fit the row: 'string indices must be integers"),
+         ":1: the template does not fit the row: \"string indices must be integers, not 'str'\""),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_with_file_and_line(text, more, words, tmp_path):
