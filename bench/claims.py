@@ -201,7 +201,7 @@ def readme(rows):
     each = ", ".join(f"{words} {both(name)}" for name, words in four.items())
     return (
         f"points from LoRA ± 95 % (in brackets without `math`): {each}, without its dropout {both('tlora-plain')}; Task-aware "
-        f"TLoRA with both at its paper's 3e-4 {shown('task_tlora-small', 'lora-small')}. With 12 epochs of `math` TLoRA+ "
+        f"TLoRA with both at its paper's 3e-4 {shown('task_tlora-small', 'lora-small')}. With 12 epochs of `math`, not 3, TLoRA+ "
         f"{on_math('tlora_plus')}, Task-aware TLoRA {on_math('task_tlora')}"
     )
 
@@ -240,8 +240,8 @@ def said_of_T2(rows, found):
     return (
         f"The dropout of 0.5 on the update, the author's, moves TLoRA by {-gain[0]:+.1f} points here. Without it TLoRA is "
         f"{from_lora[0]:+.1f} ± {from_lora[1]:.1f} from LoRA, and {beside_xs[0]:+.1f} ± {beside_xs[1]:.1f} (without math "
-        f"{without_math[0]:+.1f} ± {without_math[1]:.1f}) from LoRA-XS with as many trained numbers. Each has the rate that was "
-        "chosen for it without dropout and at rank 32."
+        f"{without_math[0]:+.1f} ± {without_math[1]:.1f}) from LoRA-XS with as many trained numbers. Both have a rate of their "
+        "own: TLoRA's was searched without the dropout, LoRA-XS's at rank 32."
     )
 
 
