@@ -274,6 +274,17 @@ def said_of_K1(rows, found):
     )
 
 
+def said_of_A1(rows, found):
+    """Where linear and nonlinear growth differ; empty until both are there."""
+    if not found["triadapt", "nonlinear", 0.0]:
+        return ""
+    on_math, others = (paired(differences(rows, "triadapt", "nonlinear", tasks=t)) for t in (["math"], sweep.TASKS[:-1]))
+    return (
+        f"Linear and nonlinear growth are {on_math[0]:+.1f} ± {on_math[1]:.1f} points apart on math and {others[0]:+.1f} ± "
+        f"{others[1]:.1f} on the other four. Nonlinear and fixed-k train at the rate that was chosen for linear."
+    )
+
+
 def numbers(rows, name):
     """The mean of the trained numbers of a contestant's runs, the head's too; None without runs."""
     method, flags = CONTESTANTS[name]
@@ -312,7 +323,7 @@ def longer(rows):
     return "\n".join(lines)
 
 
-SAID = {"T2": said_of_T2, "P2": said_of_P2, "K1": said_of_K1}  # below a claim's table
+SAID = {"T2": said_of_T2, "P2": said_of_P2, "K1": said_of_K1, "A1": said_of_A1}  # below a claim's table
 
 
 def means_by_rate(rows):

@@ -93,6 +93,15 @@ def test_what_is_said_of_one_small_rate_for_both():
     assert "moves LoRA by -40.0 points (from 90.0 to 50.0), Task-aware TLoRA by -20.0 (from 80.0 to 60.0)." in words
 
 
+def test_what_is_said_of_where_the_modes_differ():
+    made = rows(lora=90.0, triadapt=80.0)
+    assert claims.said_of_A1(made, claims.answers(made)) == ""
+    for row in rows(nonlinear=78.0):
+        made.append({**row, "test": {k: v - 0.2 * (row["task"] == "math") for k, v in row["test"].items()}})
+    words = claims.said_of_A1(made, claims.answers(made))
+    assert words.startswith("Linear and nonlinear growth are +22.0 ± 0.0 points apart on math and +2.0 ± 0.0 on the other four.")
+
+
 def test_a_longer_schedule_is_compared_on_the_seeds_that_both_have():
     made = rows(lora=80.0, tlora_plus=60.0)
     made += [row for row in rows(**{"lora-long": 90.0, "tlora_plus-long": 85.0}) if row["task"] == "math" and row["seed"] < 2]
