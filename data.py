@@ -433,6 +433,9 @@ def run(args: argparse.Namespace) -> None:
     if args.data and not args.split:  # what is there; one file counts as train
         there = [s for s in chosen if any((folder / name).is_file() for name in files.file_names(task, s))]
         chosen = there or chosen[:1]
+    for name in (files.file_names(task, split)[0] for split in chosen if args.write):
+        if (path := Path(args.write) / name).exists():
+            raise ValueError(f"{path} is there already: choose another folder")
     for split in chosen:
         examples = load(task, args.data, split, args.seed)
         print(f"{task.name} {split}: {counts(task, examples)}")

@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{lost[0]} goes with --from-peft")
     if args.with_base and not args.peft:
         parser.error("--with-base is for --peft DIR")
+    if args.task and args.labels:
+        parser.error("--task and --labels are two answers to one question: give one")
+    if args.peft and args.merged and os.path.realpath(args.peft) == os.path.realpath(args.merged):
+        parser.error("--peft and --merged are the same place")
     if not args.peft and not args.merged and not args.from_peft:
         parser.error("give --peft DIR or --merged DIR, or --from-peft DIR")
     try:

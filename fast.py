@@ -83,7 +83,8 @@ class LowRank(torch.autograd.Function):
             y.addmm_(h.t(), P_.t().contiguous())
         ctx.save_for_backward(x if trains_Q else None, None if trains_Q else h, P, Q, W0, bits)
         ctx.how = side, dtype, fold
-        return y.view(*x.shape[:-1], W.shape[0])
+        # A view would not let the model change y in place, as nn.ReLU(inplace=True) does.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], W.shape[0]])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -124,6 +125,7 @@ class Fast:
         self.__dict__["called"] = True  # as the methods' own layers say, for their `merge`
         x, base = input, self.base
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        hooked = hooked or "forward" in base.__dict__  # accelerate's
         if hooked or any(p.requires_grad for p in base.parameters()):
             return super().forward(x)  # what is promised here is for a frozen W0 that is called by nobody else
         W0 = base.weight

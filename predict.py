@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from harness import generation, metrics
+from harness import folder, generation, metrics
 from harness.run import Run, positions
 from harness.settings import CLOSED, Parser, count, in_words, number
 from reading import files
@@ -120,6 +120,8 @@ def predict(args: argparse.Namespace) -> None:
     if run.settings.threads:
         torch.set_num_threads(run.settings.threads)
     task = run.task
+    if os.path.exists(folder.state_path(args.run)):
+        print("predict.py: the run has not finished: this is its last saved state", file=sys.stderr)
     if args.submission and not task.header:
         raise ValueError(f"GLUE takes no submission for task {task.name}")
     writes = task.kind == "lm" and task.metrics != ("choice",)
@@ -180,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # | head: whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as e:
         print(f"predict.py: error: {in_words(e)}", file=sys.stderr)
         return 2

@@ -317,6 +317,8 @@ def compare(run: Run, theirs: Mapping[str, tuple]) -> dict[str, torch.Tensor]:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     settings = parse(argv, description=__doc__.split("\n\n")[0])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a label that the console's code page lacks ends no run
     with Stop() as stop:
         try:
             with stop.interruptible():

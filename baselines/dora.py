@@ -83,7 +83,7 @@ def merge(model: nn.Module) -> list[str]:
     wrapped = {name: m for name, m in model.named_modules() if isinstance(m, DoRALinear)}
     if not wrapped:
         raise ValueError("nothing to merge: the model holds no DoRALinear (merged already?)")
-    lora.check_called(wrapped)
+    lora.check_mergeable(wrapped)
     for name, layer in wrapped.items():
         stretch = layer.magnitude / layer.row_norms()
         layer.base.weight.copy_(stretch[:, None] * layer.direction())

@@ -141,7 +141,7 @@ def merge(model: nn.Module) -> list[str]:
     wrapped = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not wrapped:
         raise ValueError("nothing to merge: the model holds no LoRALinear (merged already?)")
-    check_called(wrapped)
+    check_mergeable(wrapped)
     for name, layer in wrapped.items():
         with torch.autocast(layer.base.weight.device.type, enabled=False):  # which would make the products bfloat16
             P, Q = layer.factors()
@@ -156,7 +156,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
     neither. ValueError if nothing is wrapped, or if a layer is of a baseline that builds on this file.
     """
-    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):  # no part of the names
+    # Their names are no part of the layers'.
+    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel", "AveragedModel"):
         model = next(model.children())
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
@@ -167,7 +168,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = {f"{name}.{key}": t for name, layer in layers.items() for key, t in own_state(layer).items()}
     options = {name: layer.options for name, layer in layers.items()}
-    write_adapter(path, trained | own, {"method": "lora", "layers": options, "trained": list(trained)})
+    tensors = trained | own | running_statistics(model)
+    write_adapter(path, tensors, {"method": "lora", "layers": options, "trained": list(trained)})
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
@@ -194,8 +196,8 @@ def find_linears(model: nn.Module, targets: Collection[str], exclude: Collection
     if adapted:
         raise ValueError(f"the model is adapted already ({adapted[0]}): merge it first")
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
-    named = match(linears, targets, "target")
-    found = named - match(linears, exclude, "exclude")
+    named = match(modules, targets, "target")
+    found = named - match(modules, exclude, "exclude")
     if not found:
         raise ValueError("every layer that the targets name is excluded" if named else "no targets given")
     owners = {}  # parameter -> the modules that hold it, a module with two names twice
@@ -211,6 +213,8 @@ def find_linears(model: nn.Module, targets: Collection[str], exclude: Collection
                 f"layer {name} is not adapted: its weight is {kind}, not a plain Parameter of 16 bits or more: "
                 "load the model unquantised, or exclude the layer"
             )
+        if weight.is_meta and hasattr(linears[name], "_hf_hook"):
+            raise ValueError(f"layer {name} is not adapted: accelerate keeps its weight elsewhere: load without offloading")
         if len(owners[weight]) > 1:
             raise ValueError(f"layer {name} is not adapted: {owners[weight]} share its weight")
         if issubclass(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
@@ -220,14 +224,17 @@ def find_linears(model: nn.Module, targets: Collection[str], exclude: Collection
     return {name: linear for name, linear in linears.items() if name in found}
 
 
-def match(linears: Collection[str], words: Collection[str], option: str) -> set[str]:
-    """The set of names that end in one of `words`; a word that is a layer's full name means that layer alone."""
+def match(modules: Mapping[str, nn.Module], words: Collection[str], option: str) -> set[str]:
+    """The set of nn.Linear names that end in one of `words`; a word that is a layer's full name means that layer alone."""
     found = set()
+    linears = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
     for word in [words] if isinstance(words, str) else words:
         hits = [word] if word in linears else [name for name in linears if name.endswith("." + word)]
         if not hits:
+            kinds = [type(m).__name__ for name, m in modules.items() if f".{name}".endswith(f".{word}")]
+            wrong = f"is a {kinds[0]}, no nn.Linear" if kinds else "matches no nn.Linear"
             ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise ValueError(f"{option} '{word}' matches no nn.Linear; names end in: {', '.join(ends)}")
+            raise ValueError(f"{option} '{word}' {wrong}; names end in: {', '.join(ends)}")
         found.update(hits)
     return found
 
@@ -263,26 +270,39 @@ def at_least_float32(move: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
     return moved
 
 
-def check_called(layers: Mapping[str, nn.Module]) -> None:
-    """ValueError if the model computes with a layer's weight (Mamba's dt_proj) instead of calling the layer.
+def check_mergeable(layers: Mapping[str, nn.Module]) -> None:
+    """ValueError if folding a layer's update into W0 would not keep what the model computes.
 
-    The layer's update has no part in what such a model computes. Nothing is known before the first forward pass.
+    Its numbers are in shards (fully_shard), or its base is no W0 x + b (BitNet's, a hook), or the model computes with the
+    weight (Mamba's dt_proj) instead of calling the layer, whose update had no part: not known before a forward pass.
     """
-    if any(layer.called for layer in layers.values()):
-        for name, layer in layers.items():
-            if layer.weight_read and not layer.called:
-                raise ValueError(
-                    f"layer {name} is read and never called, so its update did nothing and is not to be merged: "
-                    f"train with exclude=['{name.rpartition('.')[2]}'], or put {name}.base in its place"
-                )
+    called = any(layer.called for layer in layers.values())
+    for name, layer in layers.items():
+        base, W, b = layer.base, layer.base.weight, layer.base.bias
+        if any(hasattr(p, "full_tensor") for p in layer.parameters()):
+            raise ValueError(f"layer {name} is in shards: save in every process, load on a whole base, and merge there")
+        if not W.is_meta and (b is None or b.dtype == W.dtype):  # others run under autocast alone
+            x = torch.linspace(-1, 1, base.in_features).to(W)
+            wanted = F.linear(x, W, b).float()
+            if (base(x).float() - wanted).norm() > 0.05 * wanted.norm():
+                raise ValueError(f"layer {name} is not to be merged: its base, a {type(base).__name__}, computes no W0 x + b")
+        if called and layer.weight_read and not layer.called:
+            raise ValueError(
+                f"layer {name} is read and never called, so its update did nothing and is not to be merged: "
+                f"train with exclude=['{name.rpartition('.')[2]}'], or put {name}.base in its place"
+            )
 
 
 def write_adapter(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict) -> None:
     """One file, as safetensors if that is installed, else as torch's. A temporary name first: a kill leaves no half."""
-    # Copies: safetensors refuses parameters that share memory.
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    metadata = {key: json.dumps(value) for key, value in metadata.items()}
-    temporary = f"{path}.tmp"
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: name a file in it")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}  # of fully_shard
+    # Copies: safetensors refuses parameters that share memory. _orig_mod: torch.compile's name for a block it has compiled.
+    tensors = {name.replace("_orig_mod.", ""): t.detach().to("cpu", copy=True).contiguous() for name, t in whole.items()}
+    metadata = {key: json.dumps(value).replace("_orig_mod.", "") for key, value in metadata.items()}
+    temporary = f"{path}.{os.getpid()}.tmp"  # every process may save
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -337,7 +357,7 @@ def place_saved(
     trained: Collection[str],
 ) -> None:
     """Put the new `layers` into the model, then `tensors` into both. ValueError before anything of the model changes."""
-    have = dict(model.named_parameters())
+    have = dict(model.named_parameters()) | running_statistics(model)
     for name, layer in layers.items():
         have.update({f"{name}.{key}": t for key, t in layer.state_dict().items()})
     need = {f"{name}.{key}" for name, layer in layers.items() for key in own_state(layer)}
@@ -350,6 +370,12 @@ def place_saved(
     model.load_state_dict(tensors, strict=False)
     for name, p in model.named_parameters():
         p.requires_grad_(name in trained)
+
+
+def running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the BatchNorms keep of the batches they saw, {name: buffer}: no gradient trains it, and eval mode computes with it."""
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
+    return {f"{name}.{key}": t for name, m in norms.items() for key, t in m.named_buffers()}
 
 
 def own_state(layer: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,9 +11,10 @@
 A row is one `python train.py` with the flags that stand in it: the scores after the last epoch, the curve, seconds, the
 hardware, and a fingerprint of all that the numbers depend on. What is kept in bench/sweep.jsonl is not run again; rows
 of another fingerprint are left where they are and do not count. `repeat` makes of each method one row a task of --tasks again
-that was made with the code in DIR: where all are the same to the last digit, the method's rows of that code count as today's,
-those of other flags and of the encoder too, and keep the older fingerprint as `made_with`. Several of these commands may run
-at once, on one machine or on many: `--rows FILE` writes elsewhere, and joining the files joins the rows.
+that was made with the code in DIR (and, where another processor made it, with that code too): where all are the same to the
+last digit, the method's rows of that code count as today's, those of other flags and of the encoder too, and keep the older
+fingerprint as `made_with`. Several of these commands may run at once, on one machine or on many: `--rows FILE` writes
+elsewhere, and joining the files joins the rows.
 """
 
 import argparse
@@ -179,7 +180,8 @@ def plan(rows, args):
 ROWS_FROM = ["generated/world.py", "generated/suite.py"]
 
 # What a method file does when no training goes on.
-AFTERWARDS = "merge save load write_adapter read_adapter find_saved place_saved own_state describe main".split()
+AFTERWARDS = "merge save load write_adapter read_adapter find_saved place_saved own_state running_statistics".split()
+AFTERWARDS += ["check_mergeable", "describe", "main"]
 
 
 @functools.cache
@@ -320,21 +322,36 @@ def numbers(row):
     return row["trained"], timeless(row["dev"]), row["test"], [timeless(point) for point in row["curve"]]
 
 
+def compared(row, before):
+    """Whether today's code gives the row's numbers. Another processor rounds otherwise: where the numbers differ from a row
+    of another, the code in `before` makes it again here."""
+    run = {name: row[name] for name in ("study", "method", "task", "k", "seed", "flags")}
+    again = json.loads(json.dumps(carry_out(run)))
+    if numbers(row) != numbers(again) and row["hardware"] != again["hardware"]:
+        row = json.loads(asked_of(before, "sweep.carry_out(json.load(sys.stdin))", run))
+    return numbers(row) == numbers(again)
+
+
+def asked_of(before, what, given):
+    """The JSON that the checkout `before` gives for `what`, with `given` as JSON on its standard input."""
+    script = f"import json, sys, sweep; print(json.dumps({what}))"
+    folder = os.path.join(before, "bench")
+    return subprocess.run([sys.executable, "-c", script], cwd=folder, input=json.dumps(given), capture_output=True, text=True,
+                          check=True).stdout  # fmt: skip
+
+
 def repeat(args):
     """Let rows of the code in args.before count as today's where today's gives the same numbers."""
     rows = read(ROWS)
     parts = [(row["study"], row["method"], row["task"], None, None, *row["flags"]) for row in rows]
-    script = "import json, sys, sweep; print(json.dumps([sweep.fingerprint_of(*each) for each in json.load(sys.stdin)]))"
-    answer = subprocess.run([sys.executable, "-c", script], cwd=os.path.join(args.before, "bench"), input=json.dumps(parts),
-                            capture_output=True, text=True, check=True)  # fmt: skip
-    stale = [(row, fingerprint_of(*part)) for row, part, before in zip(rows, parts, json.loads(answer.stdout))
+    answer = asked_of(args.before, "[sweep.fingerprint_of(*each) for each in json.load(sys.stdin)]", parts)
+    stale = [(row, fingerprint_of(*part)) for row, part, before in zip(rows, parts, json.loads(answer))
              if row["fingerprint"] == before != fingerprint_of(*part)]  # fmt: skip
     samples = {(row["method"], row["task"]): row for row, _ in stale if row["study"] == "compare" and row["task"] in args.tasks}
     context, differ = multiprocessing.get_context("spawn"), set()
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context, prepare) as pool:
-        runs = [{name: row[name] for name in ("study", "method", "task", "k", "seed", "flags")} for row in samples.values()]
-        for row, again in zip(samples.values(), pool.map(carry_out, runs)):
-            same = numbers(row) == numbers(json.loads(json.dumps(again)))
+        found = pool.map(compared, samples.values(), itertools.repeat(args.before))
+        for row, same in zip(samples.values(), found):
             differ |= set() if same else {row["method"]}
             print(
                 f"{row['method']:11s} {row['task']:6s} {' '.join(row['flags'])} {'the same' if same else 'differs'}", flush=True

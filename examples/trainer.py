@@ -34,6 +34,8 @@ def build():
 
 class Grow(TrainerCallback):
     def on_step_end(self, args, state, control, model, optimizer, **others):
+        if args.world_size > 1:  # the Trainer wraps the model once, and what grows afterwards would differ by process
+            raise ValueError("layers cannot grow under the Trainer in several processes: train in one")
         # 4. After each step of the optimizer. Accelerate wraps it; growth needs the one that holds the moments.
         event = triadapt.after_step(model, getattr(optimizer, "optimizer", optimizer), state.global_step, state.max_steps)
         if event:
@@ -55,7 +57,8 @@ class AdapterTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # 3. The penalty, on the mean loss of this batch: without num_items_in_batch every model gives that.
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        loss = loss + triadapt.penalty(model)
+        if loss.requires_grad:  # no part of eval_loss, by which the best checkpoint is chosen
+            loss = loss + triadapt.penalty(model)
         return (loss, outputs) if return_outputs else loss
 
 

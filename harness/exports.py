@@ -98,20 +98,25 @@ def look_ahead(s) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     if s.save_base and os.path.exists(s.save_base):
         sealed.check_base(s.save_base)
     for path in filter(None, (s.export_peft, s.export_merged)):
-        check_free(path)
+        check_free(path, merged=path == s.export_merged)
+        if os.path.realpath(path).startswith(os.path.join(os.path.realpath(s.out), "")):
+            raise ValueError(f"{path} lies within --out {s.out}: choose a folder of its own")
     for path in filter(None, (s.save_base, s.export_peft, s.export_merged)):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     return factors_of(s.compare) if s.compare else {}
 
 
-def check_free(path: str, *taken: str | None) -> None:
-    """ValueError if folder `path` is one of `taken`, or holds something and no README.md of an earlier export."""
+def check_free(path: str, *taken: str | None, merged: bool = False) -> None:
+    """ValueError if folder `path` is one of `taken`, or holds something and no README.md of an earlier export, or, for a
+    merged one, an adapter: transformers would load it on top."""
     for other in filter(None, taken):
         if os.path.realpath(path) == os.path.realpath(other):
             raise ValueError(f"{path} would be written over: choose another folder")
     names, card = sorted(os.listdir(path)) if os.path.isdir(path) else [], os.path.join(path, "README.md")
     if names and not (os.path.exists(card) and MARK in read_text(card)):
         raise ValueError(f"{path} holds {names[0]} and no README.md of an export: choose another folder, or empty it")
+    if merged and "adapter_config.json" in names:
+        raise ValueError(f"{path} holds an adapter, which would count once more: choose another folder, or empty it")
 
 
 @torch.no_grad()
@@ -185,7 +190,7 @@ def write_base(run: Run, path: str) -> None:
 
 def export_merged(run: Run, path: str) -> None:
     """Fold every dW into its weight and write a checkpoint for `from_pretrained`; the run's model is changed by it."""
-    check_free(path, run.settings.out, run.settings.backbone)
+    check_free(path, run.settings.out, run.settings.backbone, merged=True)
     if run.layers:
         run.method.merge(run.model)
     backbones.delinearize(run.model)
@@ -247,7 +252,7 @@ def ask(run: Run) -> str:
         return GENERATE.format(ids=ids, most=run.max_new or 64, stop=run.stop_id, pad=tokenizer.pad_id)
     texts = '["a text"], ["its second"]' if task.pair else '["a text"]'
     texts = '["a question"], ["a context"]' if task.kind == "span" else texts
-    types = getattr(run.model.config, "type_vocab_size", 0) > 1  # as model.logits
+    types = tokenizer.typed and getattr(run.model.config, "type_vocab_size", 0) > 1  # as model.logits
     cut = '"only_second"' if task.kind == "span" else True
     return ASK.format(texts=texts, cut=cut, most=run.settings.max_length, types=types) + ANSWER[task.kind]
 

@@ -21,11 +21,12 @@ def tokens(
             past.seen += ids.shape[1]
         else:
             out = model(input_ids=ids, past_key_values=past, use_cache=True)
-            logits, past = out.logits[0, -1], out.past_key_values
+            logits, past = out.logits[0, -1], getattr(out, "past_key_values", None)
         if (new := pick(logits.float())) == stop_id:
             return
         yield new
-        ids = torch.tensor([[new]], device=device)
+        last = torch.tensor([[new]], device=device)
+        ids = torch.cat([ids, last], 1) if past is None else last  # Mamba keeps no keys: it reads all again
 
 
 def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Callable[[torch.Tensor], int]:

@@ -138,7 +138,12 @@ class Run:
         rows = [next(data.batches([f], self.task, 1, self.tokenizer.pad_id, shuffle_seed=s.seed)) for f in chosen]
         bar = functools.partial(tqdm, leave=False, disable=None)
         rows = bar([to_device(row, self.device) for row in rows], desc="calibrating")
-        loss = lambda model, batch: loss_of(model, batch, self.task.kind)  # noqa: E731
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=s.dtype == "bf16")  # a bf16 base has a float32 head
+
+        def loss(model, batch):
+            with half:
+                return loss_of(model, batch, self.task.kind)
+
         options = methods.accepted(self.method.calibrate, s.options)
         more = {**extra, "progress": functools.partial(bar, desc="initialising")}
         plan = self.method.calibrate(self.model.to(self.device), targets, rows, loss, **options, **more)
@@ -396,6 +401,7 @@ def build_model(s: Settings, task: data.Task) -> tuple[torch.nn.Module, data.Tok
 def positions(model: torch.nn.Module) -> float:
     """How many tokens the model has positions for. RoBERTa and its kin count them from behind the padding's."""
     most = getattr(model.config, "max_position_embeddings", None) or math.inf
+    most = most if most > 0 else math.inf  # XLNet's -1
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
     return most - (padding[0] + 1 if padding else 0)

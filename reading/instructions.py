@@ -9,7 +9,9 @@ A file is JSON lines or one JSON list. An example's text is its turns, ((role, w
 the label.
 """
 
+import contextlib
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +49,8 @@ def read(
             lacking = f"answer {answer!r} to {prompt[0]!r}" if found else "column of prompts is known"
             raise bad(path, rows[0][0], f"no {lacking} among {brief(', '.join(first), 200)}: name them with --prompt, --answer")
         rows = [(line, {**dict.fromkeys(prompt[1:], ""), **row}) for line, row in rows]  # an `input` is there where it is needed
+    if template and not chat and answer in fields(template):
+        raise bad(path, rows[0][0], f"the template holds {answer!r}, the column of the answer: it would stand in the question")
     examples = []
     for i, (line, row) in enumerate(rows):
         turns = chat_turns(path, line, row, chat) if chat else column_turns(path, line, row, prompt, answer, template)
@@ -57,8 +61,17 @@ def read(
         fits = isinstance(options, list) and all(isinstance(option, str) for option in options)
         if choosing and not (fits and options):
             raise bad(path, line, f"'options' is {brief(options)}, expected a list of texts")
+        if choosing and labelled and label is not None and label.strip() not in [option.strip() for option in options]:
+            raise bad(path, line, f"the answer {brief(label)} is none of the options")
         examples.append(Chat(str(row.get("id", i)), tuple(turns), label, tuple(options) if fits else ()))
     return examples  # type: ignore[return-value]
+
+
+def fields(template: str) -> set[str]:
+    """The columns that a template names; none if its braces do not match, which its first row then tells."""
+    with contextlib.suppress(ValueError):
+        return {re.split(r"[.\[]", name)[0] for _, name, _, _ in string.Formatter().parse(template) if name}
+    return set()
 
 
 def column_turns(

@@ -223,6 +223,11 @@ def test_command_shows_counts_and_writes_what_reads_back(generated, tmp_path, ca
     assert "sst2 train: 7 rows, negative 5, positive 2\n  [0] negative\n      sst2 train 0 0\n" in out
     for split in data.SPLITS:
         assert data.load("sst2", tmp_path / "new", split) == data.load("sst2", split=split)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    with pytest.raises(SystemExit):
+        data.main(["--task", "sst2", "--seed", "1", "--write", str(tmp_path / "new")])
+    assert "is there already: choose another folder" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
     data.main(["--task", "sst2", "--data", str(tmp_path / "new")])
     assert capsys.readouterr().out.count(": 7 rows, negative 5, positive 2\n") == 3
     data.main(["--train-tokenizer", str(tmp_path / "t.json"), "--vocab-size", "270"])

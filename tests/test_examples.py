@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,21 @@ def test_the_adapter_on_a_fresh_base_and_the_merged_model_give_what_was_trained(
     print("largest difference of the merged model", error)
     assert error < 1e-4
     assert model.classifier.dense.weight.requires_grad and not model.roberta.embeddings.word_embeddings.weight.requires_grad
+
+
+def test_the_penalty_is_no_part_of_what_evaluation_sees(tmp_path):
+    model, rows = trainer.build()
+    triadapt.inject(model.roberta, trainer.TARGETS, orth=0.5)
+    loop = trainer.trainer_for(model, rows[:16], str(tmp_path))
+    found = loop.evaluate(rows[:16])["eval_loss"]
+    labels = torch.stack([row["labels"] for row in rows[:16]])
+    wanted = torch.nn.functional.cross_entropy(model.eval()(words_of(rows[:16])).logits, labels).item()
+    assert abs(found - wanted) < 1e-5 and triadapt.penalty(model).item() > 0.1
+
+
+def test_several_processes_are_refused_at_the_first_step():
+    with pytest.raises(ValueError, match="layers cannot grow under the Trainer in several processes: train in one"):
+        trainer.Grow().on_step_end(SimpleNamespace(world_size=2), None, None, None, None)
 
 
 def test_loss_and_penalty_count_once_a_step_however_many_batches_it_has(tmp_path):

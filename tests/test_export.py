@@ -23,7 +23,7 @@ import train  # noqa: E402
 from harness import backbones, exports, figures, folder, report  # noqa: E402
 from harness.run import Run, base_fingerprint  # noqa: E402
 from harness.run import build_model as build  # noqa: E402
-from harness.settings import Settings, in_words  # noqa: E402
+from harness.settings import Settings, in_words, parse  # noqa: E402
 from harness.stop import Stopped  # noqa: E402
 from model import default_targets, head_modules, logits  # noqa: E402
 
@@ -203,6 +203,13 @@ def test_an_export_writes_over_nothing_but_an_earlier_export(folders, csv, tmp_p
             assert before == {file: file.read_bytes() for file in (tmp_path / place).rglob("*") if file.is_file()} != {}
         for _ in range(2):
             assert export.main([str(tmp_path / "run"), kind, str(tmp_path / kind[2:])]) == 0
+    # Where an adapter lies beside a merged checkpoint, transformers loads it on top.
+    assert export.main([str(tmp_path / "run"), "--merged", str(tmp_path / "peft")]) == 2
+    assert "peft holds an adapter, which would count once more" in capsys.readouterr().err
+    assert train.main([*argv, "--out", str(tmp_path / "other"), "--export-merged", str(tmp_path / "peft")]) == 2
+    assert not (tmp_path / "other").exists() and not (tmp_path / "peft" / "model.safetensors").exists()
+    assert train.main([*argv, "--out", str(tmp_path / "other"), "--export-peft", str(tmp_path / "other" / "peft")]) == 2
+    assert "peft lies within --out" in capsys.readouterr().err and not (tmp_path / "other").exists()
     assert train.main([*argv, "--out", str(tmp_path / "other"), "--export-peft", str(tmp_path / "mine")]) == 2
     assert "holds README.md and no README.md of an export" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
@@ -320,6 +327,33 @@ def test_the_lines_of_a_classifiers_card_give_its_logits_and_names(
         alone = auto.from_pretrained(tmp_path / "peft", ignore_mismatched_sizes=own_head, **options)
         with torch.no_grad():
             assert (logits(alone.eval().base_model.model, batch()) - logits(run.model, batch())).abs().max() < BOUND
+
+
+def test_the_lines_of_a_card_give_token_types_only_where_the_run_did(folders, tmp_path, monkeypatch, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(folders["bert"], base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "model_input_names": ["input_ids", "attention_mask"]}))
+    out = train_run(tmp_path, str(base), ("no", "yes"), "--method", "lora")
+    run = Run.open(out)
+    assert run.model.config.type_vocab_size > 1 and not run.tokenizer.typed
+    assert "return_token_type_ids=False" in exports.ask(run)
+    run.tokenizer.typed = True
+    assert "return_token_type_ids=True" in exports.ask(run)
+
+
+@pytest.mark.parametrize("method", ["task_tlora", "lora_ga", "corda"])
+def test_a_base_in_bf16_is_calibrated_as_one_in_float32(folders, csv, tmp_path, method):
+    spaces = []
+    for dtype in ("float32", "bf16"):
+        argv = ["--backbone", folders["roberta"], "--data", csv, "--text", "text", "--label", "label", "--method", method]
+        run = Run.start(parse([*argv, "--dtype", dtype, "--max-length", "32", "--rank", "4", "--out", str(tmp_path / dtype)]))
+        run.adapt()
+        Q = run.model.get_submodule(run.layers[0]).factors()[1].detach().float()
+        spaces.append(torch.linalg.qr(Q.T)[0])
+    overlap = (spaces[0].T @ spaces[1]).square().sum().item() / spaces[0].shape[1]
+    print("overlap of the spaces", overlap)
+    assert overlap > 0.85 > 0.6 > spaces[0].shape[1] / len(spaces[0])  # the latter is that of two random ones
 
 
 @pytest.mark.parametrize("family", ["roberta", "bert", "deberta-v3", "gpt2"])

@@ -387,6 +387,30 @@ def test_survives_deepcopy_and_pickle_and_is_undone(method):
     assert [type(layer) for layer in model] == classes and torch.equal(model(x), plain)
 
 
+@methods
+@pytest.mark.parametrize("lead", [(5,), (2, 0), (3, 4)])
+def test_its_output_may_be_changed_in_place(method, lead):
+    model = adapted(method)
+    model[1] = nn.ReLU(inplace=True)
+    x = torch.randn(*lead, 12, dtype=torch.float64)
+    plain, quick = run(model, x), run(fast_copy(model), x)
+    if not x.numel():
+        assert plain["y"].shape == quick["y"].shape == (2, 0, 8) and plain["x"].shape == quick["x"].shape
+        return
+    e = error(plain, quick)
+    print("relative error", e)
+    assert e < BOUNDS[torch.float64] and plain["x"].abs().max() > 1e-3
+
+
+def test_a_base_whose_forward_was_replaced_is_called():
+    model = adapted("lora")
+    plain = model[0](x := torch.randn(20, 12, dtype=torch.float64))
+    fast.speed_up(model)
+    of_the_class = model[0].base.forward
+    model[0].base.forward = lambda x: of_the_class(x) + 1.0  # as accelerate does
+    assert (model[0](x) - plain - 1.0).abs().max() < 1e-12
+
+
 def test_what_it_does_not_know_stays_plain():
     """A base that is no plain nn.Linear, is trained, or has a hook that wants to be called."""
     model = adapted("lora")

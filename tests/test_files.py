@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import os
 import random
 import re
+import stat
 from collections import Counter
 
 import numpy as np
@@ -653,6 +655,19 @@ def test_what_is_written_reads_back_identically(tmp_path, name):
     unlabelled = [Example(e.id, e.text) for e in examples]
     files.write_split(task, unlabelled, tmp_path, "test")
     assert data.load(name, tmp_path, "test") == unlabelled
+
+
+def test_a_device_a_pipe_and_a_link_stay_what_they_are(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write_text(tmp_path / "pipe", "some rows\n")
+    assert os.read(reader, 100) == b"some rows\n" and stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    os.close(reader)
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    files.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "target"]
 
 
 def test_written_tables_have_the_official_columns(tmp_path):

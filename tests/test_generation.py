@@ -48,6 +48,21 @@ def test_a_hugging_face_model_is_read_with_its_own_cache():
     assert got == ids[0, 3:].tolist() and len(set(got)) > 1
 
 
+def test_a_model_that_keeps_no_keys_reads_all_again():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4)
+    model = transformers.MambaForCausalLM(config).eval()
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    got = list(generation.tokens(model, [5, 6, 7], 10, -1, generation.sampler(1.0, seed=3)))
+    ids, pick = torch.tensor([[5, 6, 7]]), generation.sampler(1.0, seed=3)
+    with torch.no_grad():
+        for _ in range(10):
+            ids = torch.cat([ids, torch.tensor([[pick(model(ids).logits[0, -1])]])], 1)
+    assert got == ids[0, 3:].tolist() and len(set(got)) > 1
+
+
 @pytest.mark.parametrize("temperature, top_p, kept", [(1, 1, 4), (0.5, 1, 4), (1, 0.75, 2), (1, 0.5, 1), (2, 0.75, 3)])
 def test_draws_follow_the_nucleus_of_the_tempered_softmax(temperature, top_p, kept):
     logits = torch.tensor([0.1, 0.5, 0.3, 0.1]).log()  # tokens 1, 2, then 0 and 3

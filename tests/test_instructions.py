@@ -131,6 +131,12 @@ def test_how_a_prompt_is_cut_does_not_depend_on_its_answer():
          ":1: the template does not fit the row: \"'z'\""),
         ('{"q": "x", "a": "y", "n": "z"}', {"prompt": ("q",), "answer": "a", "template": "{q} {n[x]}"},
          ":1: the template does not fit the row: \"string indices must be integers, not 'str'\""),
+        ('{"q": "x", "a": "y"}', {"prompt": ("q",), "answer": "a", "template": "{q}\n{a[0]}"},
+         ":1: the template holds 'a', the column of the answer: it would stand in the question"),
+        ('{"q": "x", "a": "y"}', {"prompt": ("q",), "answer": "a", "template": "{q} {"},
+         ":1: the template does not fit the row: \"Single '{' encountered in format string\""),
+        ('{"query": "x", "response": "yes.", "options": ["yes", "no"]}', {"choosing": True},
+         ":1: the answer 'yes.' is none of the options"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_with_file_and_line(text, more, words, tmp_path):

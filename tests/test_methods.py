@@ -271,8 +271,8 @@ def test_wrong_use_is_refused_in_one_line_and_changes_nothing(method):
 
 
 SHARED = [
-    "find_linears", "match", "experts_share", "replace", "at_least_float32", "check_called", "write_adapter",
-    "read_adapter", "find_saved", "place_saved", "own_state",
+    "find_linears", "match", "experts_share", "replace", "at_least_float32", "check_mergeable", "write_adapter",
+    "read_adapter", "find_saved", "place_saved", "running_statistics", "own_state",
 ]  # fmt: skip
 
 
@@ -593,6 +593,52 @@ def test_a_layer_that_is_read_and_never_called_is_not_merged(method):
     assert (model(x) - before).abs().max() < 1e-6
 
 
+class Tripled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+@methods
+def test_a_layer_whose_base_is_no_plain_product_trains_and_is_not_merged(method):
+    torch.manual_seed(0)
+    module = importlib.import_module(method)
+    for model in (nn.Sequential(Tripled(8, 8)), nn.Sequential(nn.Linear(8, 8))):
+        hook = model[0].register_forward_hook(lambda layer, args, y: 3 * y)
+        if type(model[0]) is Tripled:
+            hook.remove()
+        module.inject(model, ["0"], rank=2)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"layer 0 is not to be merged: its base, a (Tripled|Linear), computes no W0 x \+ b"):
+            module.merge(model)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    hook.remove()
+    assert module.merge(model) == ["0"]
+
+
+@methods
+def test_a_target_of_another_class_is_named(method):
+    class Conv1D(nn.Module):
+        pass
+
+    model = nn.ModuleDict({"c_attn": Conv1D(), "head": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match="^target 'c_attn' is a Conv1D, no nn.Linear; names end in: head$"):
+        importlib.import_module(method).inject(model, ["c_attn"])
+
+
+@methods
+def test_a_base_whose_weights_are_elsewhere_is_refused(method):
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    before = model(x)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(
+        ValueError, match="layer 0 is not adapted: accelerate keeps its weight elsewhere: load without offloading"
+    ):
+        importlib.import_module(method).inject(model, ["0"], rank=2)
+    assert torch.equal(model(x), before) and type(model[0]) is nn.Linear
+
+
 @methods
 def test_mambas_dt_proj_is_found_out(method):
     transformers = pytest.importorskip("transformers")
@@ -691,14 +737,51 @@ def layers_of(model):
     return {name: m for name, m in model.named_modules() if hasattr(m, "factors")}
 
 
+def with_its_blocks_compiled(model):
+    for block in model.blocks:
+        block.compile()  # in place: no name changes
+    model.blocks[0] = torch.compile(model.blocks[0])  # blocks.0._orig_mod.q_proj
+    return model
+
+
 @methods
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, torch.optim.swa_utils.AveragedModel, with_its_blocks_compiled])
 def test_an_adapter_saved_from_a_wrapped_model_fits_the_plain_base(method, wrap, tmp_path):
     module, case = saved_case(method, tmp_path / "plain")
+    before = case.model(case.inputs)
     module.save(wrap(case.model), tmp_path / "wrapped")
     fresh = Case("encoder")
     assert module.load(fresh.model.eval(), tmp_path / "wrapped") == case.names
-    assert torch.equal(fresh.model(fresh.inputs), case.model(case.inputs))
+    assert torch.equal(fresh.model(fresh.inputs), before)
+
+
+@methods
+def test_what_a_batchnorm_counted_is_saved_with_the_adapter(method, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+    module, model, x = importlib.import_module(method), base(), torch.randn(32, 4) + 1
+    module.inject(model, ["0"], rank=2)
+    for _ in range(5):
+        model(x)
+    model.eval()
+    assert (model(x) - base().eval()(x)).abs().max() > 0.05  # by what was counted alone: B is zero
+    module.save(model, tmp_path / "adapter")
+    fresh = base().eval()
+    module.load(fresh, tmp_path / "adapter")
+    assert torch.equal(fresh(x), model(x)) and fresh[1].num_batches_tracked == 5
+
+
+@methods
+def test_save_makes_the_folder_and_takes_no_folder_for_a_file(method, tmp_path, monkeypatch):
+    module, case = saved_case(method, tmp_path / "new" / "folder" / "adapter")
+    monkeypatch.chdir(tmp_path)
+    module.save(case.model, "here")
+    assert load_file("here").keys() == load_file(tmp_path / "new" / "folder" / "adapter").keys()
+    with pytest.raises(ValueError, match="new is a folder: name a file in it$"):
+        module.save(case.model, tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "new"]
 
 
 @methods

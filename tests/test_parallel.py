@@ -243,6 +243,19 @@ for method, options in ((lora, {}), (tlora_plus, {}), (task_tlora, {}), (triadap
             optimizer.step()
             losses.append(sum(parallel.gather(loss.item())) / 2)
         found.append(losses)
+    path = os.path.join(os.path.dirname(__file__), f"{method.__name__}.{parallel.number()}")
+    method.save(model, path)  # every process: the whole is put together from all
+    try:
+        method.merge(model)
+    except ValueError as error:
+        assert "is in shards: save in every process, load on a whole base, and merge there" in str(error)
+    else:
+        raise AssertionError("merged shards")
+    torch.manual_seed(0)
+    whole = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)], nn.Linear(16, 4))
+    before = whole(x)
+    method.load(whole, path)
+    assert (whole(x) - model(x)).abs().max() < 1e-6 < 1e-3 < (whole(x) - before).abs().max(), method
     apart = max(abs(a - b) for a, b in zip(*found))
     assert apart < 1e-6 and found[0][0] - found[0][-2] > 1e-2, (method, apart, found)
 parallel.wait()

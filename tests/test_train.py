@@ -1,6 +1,7 @@
 """The loop: exact schedules, runs that repeat and resume to the bit, one-line errors."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import torch
 from short import METHODS, TINY, adapter_of, equal, go, rows_of
 
 import data
+import predict
 import train
 from harness import folder, methods
 from harness import run as running
@@ -29,6 +31,16 @@ def test_rate_rises_over_the_warm_up_and_falls_to_zero():
         values = [train.rate(s, 100, 10, kind) for s in range(100)]
         assert values[:10] == sorted(values[:10]) and values[10:] == sorted(values[10:], reverse=True)
         assert 0 < values[-1] < 0.02
+
+
+def test_a_label_that_the_consoles_code_page_lacks_ends_no_run(tmp_path, capsys, monkeypatch):
+    rows = ["text,label"] + [f"a {word} is here,{label}" for word in ("tree", "road") * 6 for label in ("été", "中文")]
+    (tmp_path / "rows.csv").write_text("\n".join(rows), encoding="utf-8")
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr("sys.stdout", console)
+    assert go(str(tmp_path / "rows.csv"), tmp_path / "run", "--method", "lora")[0] == 0
+    console.flush()
+    assert "été".encode("cp1252") in (said := console.buffer.getvalue()) and b"\\u4e2d\\u6587" in said
 
 
 def test_accumulated_batches_give_the_gradient_of_one_large_batch():
@@ -187,6 +199,8 @@ def test_a_stopped_run_resumes_to_the_same_numbers(csv, tmp_path, capsys, monkey
     assert code == 130 and saved[-1] == 10 and part in (whole[:1], whole[:2])
     assert "with --resume goes on from it" in capsys.readouterr().err
     monkeypatch.undo()
+    assert predict.main([str(tmp_path / "part"), csv]) == 0
+    assert capsys.readouterr().err.startswith("predict.py: the run has not finished: this is its last saved state\n")
     assert go(csv, tmp_path / "part", *more)[0] == 2, "an unfinished run is not overwritten by accident"
     assert "holds a run that was stopped: --resume goes on, --overwrite starts anew" in capsys.readouterr().err
     assert go(csv, tmp_path / "part", *more, "--resume", "--lr", "0.5")[0] == 2
