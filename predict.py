@@ -120,7 +120,7 @@ def predict(args: argparse.Namespace) -> None:
     if run.settings.threads:
         torch.set_num_threads(run.settings.threads)
     task = run.task
-    if os.path.exists(folder.state_path(args.run)):
+    if os.path.exists(folder.state_path(args.run)) and not folder.read_config(args.run)["finished"]:
         print("predict.py: the run has not finished: this is its last saved state", file=sys.stderr)
     if args.submission and not task.header:
         raise ValueError(f"GLUE takes no submission for task {task.name}")

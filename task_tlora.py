@@ -531,7 +531,7 @@ def merge(model: nn.Module) -> list[str]:
     """Fold dW into W0 and give the plain nn.Linear back; returns the names merged.
 
     Summed in float32 (float64 for a float64 layer) and cast once. ValueError if nothing is wrapped,
-    so a second merge is refused, and if the model reads a layer's weight and never calls the layer.
+    so a second merge is refused, and as `check_mergeable` says.
     """
     wrapped = {name: m for name, m in model.named_modules() if isinstance(m, TaskTLoRALinear)}
     if not wrapped:
@@ -548,8 +548,9 @@ def merge(model: nn.Module) -> list[str]:
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapter alone: all that is trained (the task head too), what was drawn, and how to wrap it again.
 
-    safetensors if that is installed, else a file of torch.save. What is frozen is not in it, a frozen head
-    neither. ValueError if nothing is wrapped.
+    safetensors if that is installed, else a file of torch.save, in a new folder if need be. What is frozen is
+    not in it, a frozen head neither, but what BatchNorms counted. Under fully_shard every process has to call
+    it. ValueError if `path` is a folder, if nothing is wrapped.
     """
     # Their names are no part of the layers'.
     while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel", "AveragedModel"):

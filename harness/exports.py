@@ -98,20 +98,20 @@ def look_ahead(s) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     if s.save_base and os.path.exists(s.save_base):
         sealed.check_base(s.save_base)
     for path in filter(None, (s.export_peft, s.export_merged)):
-        check_free(path, merged=path == s.export_merged)
-        if os.path.realpath(path).startswith(os.path.join(os.path.realpath(s.out), "")):
-            raise ValueError(f"{path} lies within --out {s.out}: choose a folder of its own")
+        check_free(path, s.out, merged=path == s.export_merged)
     for path in filter(None, (s.save_base, s.export_peft, s.export_merged)):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     return factors_of(s.compare) if s.compare else {}
 
 
 def check_free(path: str, *taken: str | None, merged: bool = False) -> None:
-    """ValueError if folder `path` is one of `taken`, or holds something and no README.md of an earlier export, or, for a
-    merged one, an adapter: transformers would load it on top."""
+    """ValueError if folder `path` is one of `taken` or lies in one, or holds something and no README.md of an earlier export,
+    or, for a merged one, an adapter: transformers would load it on top."""
     for other in filter(None, taken):
         if os.path.realpath(path) == os.path.realpath(other):
             raise ValueError(f"{path} would be written over: choose another folder")
+        if os.path.realpath(path).startswith(os.path.join(os.path.realpath(other), "")):
+            raise ValueError(f"{path} lies within {other}: choose a folder of its own")
     names, card = sorted(os.listdir(path)) if os.path.isdir(path) else [], os.path.join(path, "README.md")
     if names and not (os.path.exists(card) and MARK in read_text(card)):
         raise ValueError(f"{path} holds {names[0]} and no README.md of an export: choose another folder, or empty it")

@@ -443,7 +443,7 @@ def file_label(task, label) -> str:
 
 def replace_file(path: str | Path, write: Callable[[str], object]) -> None:
     """Call write(temporary path), flush it to disk and rename it to `path`; a device or a pipe is written to as it is."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         write(os.fspath(path))
         return
     path = os.path.realpath(path)  # a link stays one

@@ -209,7 +209,9 @@ def test_an_export_writes_over_nothing_but_an_earlier_export(folders, csv, tmp_p
     assert train.main([*argv, "--out", str(tmp_path / "other"), "--export-merged", str(tmp_path / "peft")]) == 2
     assert not (tmp_path / "other").exists() and not (tmp_path / "peft" / "model.safetensors").exists()
     assert train.main([*argv, "--out", str(tmp_path / "other"), "--export-peft", str(tmp_path / "other" / "peft")]) == 2
-    assert "peft lies within --out" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert "peft lies within " in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert export.main([str(tmp_path / "run"), "--merged", str(tmp_path / "run" / "merged")]) == 2
+    assert not (tmp_path / "run" / "merged").exists()
     assert train.main([*argv, "--out", str(tmp_path / "other"), "--export-peft", str(tmp_path / "mine")]) == 2
     assert "holds README.md and no README.md of an export" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
@@ -329,7 +331,7 @@ def test_the_lines_of_a_classifiers_card_give_its_logits_and_names(
             assert (logits(alone.eval().base_model.model, batch()) - logits(run.model, batch())).abs().max() < BOUND
 
 
-def test_the_lines_of_a_card_give_token_types_only_where_the_run_did(folders, tmp_path, monkeypatch, capsys):
+def test_the_lines_of_a_card_give_token_types_only_where_the_run_did(folders, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(folders["bert"], base)
     config = json.loads((base / "tokenizer_config.json").read_text())
