@@ -41,12 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     back.add_argument("--backbone", metavar="NAME", help="its base (default: the one that the adapter names)")
     back.add_argument("--task", choices=data.TASKS, metavar="TASK", help="its task (default: what an export from here says)")
     back.add_argument("--labels", nargs="+", metavar="NAME", help="its classes, in their order, for a task of your own")
-    back.add_argument("--text", nargs="+", metavar="COLUMN", default=["text"], help="with --labels: its columns (default text)")
-    back.add_argument("--max-length", type=count, default=128, help="with --task or --labels: tokens (default 128)")
+    back.add_argument("--text", nargs="+", metavar="COLUMN", help="with --labels: its columns (default text)")
+    back.add_argument("--max-length", type=count, help="with --task or --labels: tokens (default 128)")
     args = parser.parse_args(argv)
-    named = {"--backbone": args.backbone, "--task": args.task, "--labels": args.labels}
+    named = {"--backbone": args.backbone, "--task": args.task, "--labels": args.labels, "--text": args.text,
+             "--max-length": args.max_length}  # fmt: skip
     if not args.from_peft and (lost := [flag for flag, value in named.items() if value]):
         parser.error(f"{lost[0]} goes with --from-peft")
+    if args.text and not args.labels:
+        parser.error("--text goes with --labels")
+    if args.max_length and not (args.task or args.labels):
+        parser.error("--max-length goes with --task or --labels")
     if args.with_base and not args.peft:
         parser.error("--with-base is for --peft DIR")
     if args.task and args.labels:
@@ -57,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give --peft DIR or --merged DIR, or --from-peft DIR")
     try:
         if args.from_peft:
-            task = own_task(args.labels, args.text) if args.labels else data.TASKS.get(args.task)  # type: ignore[union-attr]
+            task = own_task(args.labels, args.text or ["text"]) if args.labels else data.TASKS.get(args.task)  # type: ignore[union-attr]
             base = os.path.abspath(args.backbone) if args.backbone and os.path.exists(args.backbone) else args.backbone
-            named = {"task": args.task, "out": args.run, "backbone": base, "max_length": args.max_length}
+            named = {"task": args.task, "out": args.run, "backbone": base, "max_length": args.max_length or 128}
             from_peft(args.from_peft, Settings(method="lora", precision="float32", **named), task, args.force)
         if not args.peft and not args.merged:
             return 0

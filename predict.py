@@ -135,8 +135,8 @@ def predict(args: argparse.Namespace) -> None:
         raise ValueError("--top-p and --seed are of draws, which --temperature 0 makes none of")
     if not writes and (args.max_new or args.temperature or args.top_p != 1 or args.seed):
         raise ValueError("--max-new, --temperature, --top-p and --seed go with a run that writes text")
-    if args.submission and (args.text or args.id):
-        raise ValueError("--text and --id do not go with --submission, which has GLUE's two columns")
+    if args.submission and (args.text or args.id or args.format):
+        raise ValueError("--text, --id and --format do not go with --submission, which has GLUE's two columns")
     if args.id and (args.file == "-" or not task.columns or task.name == "sft"):
         raise ValueError("--id names a column of a table, of which this run reads none")
     run.max_new = args.max_new or run.max_new
@@ -145,7 +145,7 @@ def predict(args: argparse.Namespace) -> None:
     remark(run, examples, features)
     if writes and max(row["prompt"] for row in features) + run.max_new - 1 > (most := positions(run.model)):
         raise ValueError(f"--max-new {run.max_new} is too much: the model has {most} positions for prompt and answer")
-    watched = writes and sys.stdout.isatty() and args.format == "tsv" and not args.text
+    watched = writes and sys.stdout.isatty() and args.format != "jsonl" and not args.text
     live = watched or args.temperature > 0
     found = write_texts(run, features, args, watched) if live else run.predict(examples, features)
     if args.submission:
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder")
     parser.add_argument("file", help="a file, or - for standard input")
-    parser.add_argument("--format", choices=("tsv", "jsonl"), default="tsv", help="default tsv, with the quoting of a .csv")
+    parser.add_argument("--format", choices=("tsv", "jsonl"), help="default tsv, with the quoting of a .csv")
     parser.add_argument("--text", action="store_true", help="show the text beside its prediction")
     parser.add_argument("--id", metavar="COLUMN", help="the file's column of ids (default: index, idx, id, else row numbers)")
     parser.add_argument("--submission", metavar="FILE", help="write GLUE's submission file instead")

@@ -233,10 +233,14 @@ def test_mistakes_end_in_one_line(csv, tmp_path, capsys):
         assert export.main([str(out), "--peft", "x"]) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
-    for flags in (["--backbone", "x"], ["--task", "cola"], ["--labels", "a", "b"]):
+    alone = [["--backbone", "x"], ["--task", "cola"], ["--labels", "a", "b"], ["--text", "t"], ["--max-length", "9"]]
+    refused = [(["--peft", "x", *flags], f"{flags[0]} goes with --from-peft") for flags in alone]
+    refused += [(["--from-peft", "x", "--task", "cola", "--text", "t"], "--text goes with --labels")]
+    refused += [(["--from-peft", "x", "--max-length", "9"], "--max-length goes with --task or --labels")]
+    for flags, words in refused:
         with pytest.raises(SystemExit) as stop:
-            export.main(["run", "--peft", "x", *flags])
-        assert stop.value.code == 2 and f"{flags[0]} goes with --from-peft" in capsys.readouterr().err
+            export.main(["run", *flags])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         export.main(["run"])
     assert stop.value.code == 2 and "give --peft DIR or --merged DIR" in capsys.readouterr().err

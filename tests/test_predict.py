@@ -116,6 +116,7 @@ def test_mistakes_end_in_one_line(runs, capsys, tmp_path, monkeypatch):
         ([str(runs / "classes"), str(tmp_path / "none.csv")], "none.csv"),
         ([str(runs / "classes"), str(tmp_path / "other.csv")], "no column 'text'"),
         ([str(runs / "classes"), str(runs / "dev.csv"), "--submission", "x"], "GLUE takes no submission"),
+        ([str(runs / "pairs"), str(runs / "RTE/dev.tsv"), "--submission", "x", "--format", "tsv"], "--format do not go with"),
     ]:
         assert predict.main(argv) == 2
         err = capsys.readouterr().err
