@@ -53,7 +53,7 @@ from reading.files import write_text  # noqa: E402
 ROWS = os.path.join(ROOT, "bench", "sweep.jsonl")
 TASKS = ["cola", "sst2", "qnli", "squad", "math"]  # where methods and ranks differ
 ALL_TASKS = [name for name in data.GENERATED if not data.TASKS[name].pretraining]
-FRESH = range(8)  # seeds to compare with, on which nothing was chosen
+FRESH = range(8)  # seeds to compare with, on which no rate was chosen
 HEAD = [-14, -12, -10, -8, -6]  # the head's rates that are tried, in quarter decades
 PAGE = os.path.join(ROOT, "docs", "rates.md")
 
@@ -63,10 +63,11 @@ def rate(k):
     return float(f"{10 ** (k / 4):.3g}")
 
 
-def start(method, scores=()):
-    """Where the search begins: the best half decade so far on its first seed, without one that next to the default rate."""
+def start(method, scores=(), first=None):
+    """Where the search begins: the best half decade so far on its first seed, without one that next to the rate `first` or
+    to the default."""
     tried = {k: scores[k, seed] for k, seed in scores if seed == SEEDS["rates"][0][0] and k % 2 == 0}
-    return max(tried, key=tried.get) if tried else 2 * round(2 * math.log10(METHODS[method][2]))
+    return max(tried, key=tried.get) if tried else 2 * round(2 * math.log10(first or METHODS[method][2]))
 
 
 # ----------------------------------------------------------------------- which runs are asked for
@@ -100,11 +101,11 @@ def asked(scores, first, study="rates", lowest=-24, highest=0):
 
 
 def best(scores):
-    """(k, mean, seeds) of the best rate: of those with all three seeds once two have them, till then of all, by the seeds
-    that they share, if any. The middle one of the best if several are level."""
+    """(k, mean, seeds) of the best rate: of those with three seeds once two have them, till then of those with two, then of
+    all, by the seeds that they share, if any. The middle one of the best if several are level."""
     seeds = {k: {seed for other, seed in scores if other == k} for k, _ in scores}
-    whole = [k for k in seeds if len(seeds[k]) == len(SEEDS["rates"][1])]
-    fair = whole if len(whole) > 1 else list(seeds)
+    least = next((n for n in (3, 2) if sum(len(found) >= n for found in seeds.values()) > 1), 1)
+    fair = [k for k in seeds if len(seeds[k]) >= least]
     shared = set.intersection(*(seeds[k] for k in fair)) or set.union(*seeds.values())
     means = {k: statistics.mean(scores[k, seed] for seed in seeds[k] & shared) for k in fair}
     level = sorted(k for k, mean in means.items() if mean == max(means.values()))
@@ -163,7 +164,7 @@ def plan(rows, args):
             elif study == "compare":
                 wanted = [(None, seed) for seed in args.seeds if (study, method, task, None, seed, *args.flags) not in done]
             else:
-                wanted = asked(have, start(method, have) - 2 * (study == "encoder" and not have), study)
+                wanted = asked(have, start(method, have, args.first) - 2 * (study == "encoder" and not have), study)
             urgent = [run for other, run in for_all if other == task]
             for k, seed in dict.fromkeys(urgent + wanted):
                 flags = [] if k is None else ["--lr", f"{rate(k):g}"]
@@ -466,8 +467,8 @@ it goes on where it stopped.
 
 `python bench/sweep.py rates`: mean ± standard deviation of the development metric after the last epoch, in points of 100, at the
 best rate. Half decades on seeds 100 and 101 until the best is inside the grid, then quarter decades beside it on seeds 100 to
-102. Until two rates have those three seeds, rates are compared on the seeds that they share, so a best may rest on one. In
-brackets its seeds so far; "edge": the best is the last that was tried.
+102. Until two rates have those three seeds, those with two are compared on the seeds that they share, before that all, so a
+best may rest on one. In brackets its seeds so far; "edge": the best is the last that was tried.
 
 {generated(rows)}
 
@@ -486,7 +487,7 @@ What twenty steps say of a method's best rate if LoRA's is known: [trial.md](tri
 
 ## Other flags
 
-`python bench/sweep.py rates --methods METHOD --flags ...`: the same with TLoRA+'s ratio, TriAdaptLoRA's alpha and the like.
+`python bench/sweep.py rates --methods METHOD --flags ...`: the same with other ranks, TLoRA's dropout off and the like.
 
 {options(rows)}
 
@@ -542,9 +543,7 @@ def picture(rows):
     axes[1, 0].set_xlabel("learning rate")
     axes[0, 0].set_ylabel("development score")
     legend(axes.flat[-1])
-    figure.suptitle(
-        "Each method has its own best learning rate: one rate for all would choose the winner (bands: lowest to highest seed)"
-    )
+    figure.suptitle("The best learning rates differ: one rate for all would choose the winner (bands: lowest to highest seed)")
     figure.tight_layout()
     figure.savefig(os.path.join(ROOT, "docs", "rates.png"), dpi=90)
     plt.close(figure)
@@ -597,6 +596,7 @@ def main():
         "--tasks", nargs="+", choices=[*ALL_TASKS, "all"], help=f"default: {' '.join(TASKS)} (encoder: cola sst2)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=FRESH, help="compare: 0 to 7")
+    parser.add_argument("--first", type=float, metavar="LR", help="rates: where to begin (default: at the method's default)")
     parser.add_argument("--backbone", help="encoder: a Hugging Face checkpoint")
     parser.add_argument("--data", help="encoder: a folder with GLUE's folders CoLA, SST-2, ...")
     parser.add_argument("--before", metavar="DIR", help="repeat: a checkout of the code that the rows were made with")

@@ -60,6 +60,12 @@ def test_verdicts_of_made_up_rows():
     assert above[3] == "does not hold here" and above[0] == pytest.approx(within[0])
     assert better[3] == "undecided" and better[0] == 0 and better[2] == 1.0
     assert found["task_tlora", "lora", 0.0] is None
+    one_way, back = (rows(lora=80.0, adalora=79.998, tlora=79.9975), [("adalora", "lora", 0.0), ("lora", "adalora", 0.0)])
+    found, ps = claims.answers(one_way), [claims.paired(claims.differences(one_way, *key))[2] for key in back]
+    others = [claims.paired(claims.differences(one_way, "tlora", "lora", m))[2] for m in (-1.0, 0.0)]
+    both = claims.holm([ps[0], *others])[0]  # a test that stands on the page in both directions counts once
+    assert ps[0] == pytest.approx(ps[1]) and 0 < both < 1 and [found[key][2] for key in back] == [both, both]
+    assert both != claims.holm([*ps, *others])[0] and found["adalora", "lora", 0.0][0] == -found["lora", "adalora", 0.0][0]
     missing = [row for row in rows(lora=80.0, tlora=80.0) if (row["seed"], row["task"]) != (3, "math")]
     assert len(claims.differences(missing, "tlora", "lora")) == 7
     assert claims.answers(missing)["tlora", "lora", -1.0] is None
@@ -70,8 +76,8 @@ def test_what_is_said_of_tloras_dropout():
     assert claims.said_of_T2(made, claims.answers(made)) == ""
     made += rows(**{"tlora-plain": 81.0, "lora_xs-r32": 79.0})
     words = claims.said_of_T2(made, claims.answers(made))
-    assert "moves TLoRA by -11.0 points here. Without it TLoRA is -9.0 ± 0.0 from LoRA, and +2.0 ± 0.0" in words
-    assert "(without math +2.0 ± 0.0) from LoRA-XS with as many trained numbers." in words
+    assert "moves TLoRA by -11.0 points here, each at its own rate. Without it TLoRA is -9.0 ± 0.0" in words
+    assert " from LoRA, and +2.0 ± 0.0 (without math +2.0 ± 0.0) from LoRA-XS with as many trained numbers." in words
 
 
 def test_what_is_said_of_tlora_pluss_decay():
@@ -79,8 +85,20 @@ def test_what_is_said_of_tlora_pluss_decay():
     assert claims.said_of_P2(made, claims.answers(made)).endswith("weight decay of 0.1, at rates far above its paper's 1e-4.")
     made += rows(**{"tlora_plus-no-decay": 72.0})
     words = claims.said_of_P2(made, claims.answers(made))
-    assert words.endswith("moves it by +2.0 ± 0.0 points (math +2.0 ± 0.0): -18.0 ± 0.0 from LoRA, which has none.")
+    assert "moves TLoRA+ by +2.0 ± 0.0 points (math +2.0 ± 0.0, sst2 +2.0 ± 0.0): " in words
+    assert words.endswith("-18.0 ± 0.0 from LoRA, which has none.")
     assert float(METHODS["tlora_plus"][3]) == 0.1 and METHODS["lora"][3] == 0 and methods.options("tlora_plus")["ratio"][1] == "4"
+
+
+def test_what_is_said_of_higher_ranks():
+    made = rows(lora=90.0, tlora_plus=70.0)
+    assert claims.of_ranks(made, claims.answers(made)) == ""
+    made += rows(**{"lora-r32": 91.0, "tlora_plus-r32": 75.0})
+    for row in made:  # rank 32 is worse on math than elsewhere
+        row["test"] = {k: v - 0.5 * (row["task"] == "math" and "--rank" in row["flags"]) for k, v in row["test"].items()}
+    words = claims.of_ranks(made, claims.answers(made))
+    means = "TLoRA+ 70.0, 65.0 (without math 70.0, 75.0); LoRA 90.0, 81.0 (without math 90.0, 91.0). "
+    assert words.endswith(f"Means at ranks 8, 32: {means}")
 
 
 def test_what_is_said_of_one_small_rate_for_both():
@@ -150,7 +168,7 @@ def test_the_words_about_the_contradiction_are_true_of_the_rows():
     words = " ".join(claims.contradiction(made_up, {"cola": -1.26}, (-16.66, -7.14)).split())
     assert "at 0.00316, the best rate of TLoRA+, TLoRA is last with 50.0 (TLoRA+ 85.0, LoRA 90.0); at 0.01 it is first" in words
     assert "its B trains at 8 times that (ratio 4, " in words
-    assert "at its best at 0.0253, where TLoRA, which trains B alone, is best at 0.0316" in words
+    assert "at its best at 0.0253, where TLoRA, whose only trained matrix is B, is best at 0.0316" in words
     assert "TLoRA is -16.7 points from LoRA with it and -7.1 without it" in words
     assert claims.B_TIMES == tlora_plus.rate_ratios(float(methods.options("tlora_plus")["ratio"][1]), 2, 3, 4, 5)[1]
     assert "distance is 15.0 points instead of the 40.0" in words and "(cola -1.3, " in words

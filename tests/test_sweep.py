@@ -62,13 +62,14 @@ def test_one_rate_for_all_tasks_has_the_best_mean_and_both_neighbours_tried(peak
 def test_level_rates_give_the_middle_one_and_rates_read_as_they_are_typed():
     assert sweep.best({(k, 100): 5.0 for k in (-12, -10, -8)}) == (-10, 5.0, 1)
     scores = {(-12, 100): 9.0, (-10, 100): 8.0, (-10, 101): 12.0, (-8, 100): 7.0, (-8, 101): 12.0}
-    assert sweep.best(scores) == (-12, 9.0, 1)  # by the seed that they share
-    assert sweep.best({**scores, (-12, 101): 5.0}) == (-10, 10.0, 2)
+    assert sweep.best(scores) == (-10, 10.0, 2)  # of those with two seeds: -12 is ahead on one
+    assert sweep.best({**scores, (-12, 101): 12.0}) == (-12, 10.5, 2)
+    assert sweep.best({(-12, 100): 9.0, (-10, 100): 8.0, (-10, 101): 12.0}) == (-12, 9.0, 1)  # by the seed that they share
     assert sweep.best({(-12, 100): 5.0, (-10, 101): 6.0}) == (-10, 6.0, 1)  # they share none
     third = {(-10, 102): 1.0, (-8, 102): 7.0}
     assert sweep.best({**scores, **third}) == (-8, 26 / 3, 3)  # of those with three seeds
     assert [sweep.rate(k) for k in (-12, -11, -10, -4)] == [1e-3, 1.78e-3, 3.16e-3, 0.1]
-    assert sweep.start("lora") == -10  # next to 5.62e-3
+    assert sweep.start("lora") == -10 and sweep.start("lora", first=1e-3) == -12  # next to 5.62e-3, to 1e-3
     assert sweep.start("lora", {(-14, 100): 1.0, (-13, 100): 9.0, (-12, 100): 2.0, (-6, 101): 9.0}) == -12
 
 
@@ -129,3 +130,48 @@ def test_what_a_run_says_is_all_but_its_times():
 def test_rows_that_count_as_todays_say_with_which_code_they_were_made():
     kept = [row for row in sweep.read(sweep.ROWS) if "made_with" in row]
     assert kept and all(row["made_with"] != row["fingerprint"] for row in kept)
+
+
+class InThisProcess:
+    """A pool of processes that is none."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return SimpleNamespace(map=map)
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_rows_count_as_todays_where_the_method_gives_the_same_numbers_again(tmp_path, monkeypatch, capsys):
+    """Of each method one compare row a task is made again; of another processor's that differ, with the older code too."""
+    row = {"study": "compare", "task": "rte", "k": None, "seed": 0, "flags": [], "fingerprint": "old", "trained": 1,
+           "dev": {"accuracy": 0.5}, "test": None, "curve": [], "hardware": "here"}  # fmt: skip
+    rows = [{**row, "method": method} for method in ("lora", "dora", "pissa", "olora")]
+    rows += [{**row, "method": "lora", "study": "rates", "k": -4, "flags": ["--lr", "0.1"], "made_with": "oldest"},
+             {**row, "method": "lora", "fingerprint": "older"}, {**row, "method": "tlora", "fingerprint": "today"}]  # fmt: skip
+    rows[2]["hardware"] = rows[3]["hardware"] = "elsewhere"
+    # dora, pissa and olora give other numbers today; pissa's are those of the older code on this processor
+    now = lambda run: {**row, **run, "dev": {"accuracy": 0.5 if run["method"] == "lora" else 0.6}}  # noqa: E731
+    before = lambda run: {**row, "dev": {"accuracy": 0.6 if run["method"] == "pissa" else 0.7}}  # noqa: E731
+
+    def asked_of(folder, what, given):
+        assert folder == "checkout"
+        return sweep.json.dumps(["old"] * len(given) if "fingerprint_of" in what else before(given))
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(sweep.json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sweep, "ROWS", str(path))
+    monkeypatch.setattr(sweep, "fingerprint_of", lambda *_: "today")
+    monkeypatch.setattr(sweep, "asked_of", asked_of)
+    monkeypatch.setattr(sweep, "carry_out", now)
+    monkeypatch.setattr(sweep.concurrent.futures, "ProcessPoolExecutor", InThisProcess)
+    sweep.repeat(SimpleNamespace(before="checkout", tasks=["rte"], jobs=1))
+    count = {("lora", "old"), ("pissa", "old"), ("lora", "oldest")}  # the last keeps the code that made it first
+    for was, found in zip(rows, sweep.read(path), strict=True):
+        made = was.get("made_with", was["fingerprint"])
+        today = {"fingerprint": "today", "made_with": made} if (was["method"], made) in count else {}
+        assert found == {**was, **today}
+    assert capsys.readouterr().out.splitlines()[-1] == "3 of 5 rows count as today's"
