@@ -197,19 +197,20 @@ def readme(rows):
         mean, half, _ = paired(differences(rows, one, other, tasks=tasks))
         return f"{mean:+.1f} ± {half:.1f}"
 
-    def both(one):
-        return f"{shown(one, 'lora')} ({shown(one, 'lora', sweep.TASKS[:-1])})"
+    def both(one, other="lora"):
+        return f"{shown(one, other)} ({shown(one, other, sweep.TASKS[:-1])})"
 
     def on_math(name):
         at = scores(rows, f"{name}-long"), scores(rows, "lora-long")
         seeds = [seed for seed in sweep.FRESH if all((seed, "math") in each for each in at)]
         return f"{statistics.mean(at[0][seed, 'math'] - at[1][seed, 'math'] for seed in seeds):+.1f}"
 
-    each = ", ".join(f"{words} {both(name)}" for name, words in four.items())
+    each = {name: f"{words} {both(name)}" for name, words in four.items()}
+    each["tlora_plus"] += f", both of rank 32 {both('tlora_plus-r32', 'lora-r32')}"
     return (
-        f"points from LoRA ± 95 % (in brackets without `math`): {each}, without its dropout {both('tlora-plain')}; Task-aware "
-        f"TLoRA with both at its paper's 3e-4 {shown('task_tlora-small', 'lora-small')}. `math` with 12 epochs, three seeds: "
-        f"TLoRA+ {on_math('tlora_plus')}, Task-aware TLoRA {on_math('task_tlora')}"
+        f"points from LoRA ± 95 % (in brackets without `math`): {', '.join(each.values())}, without its dropout "
+        f"{both('tlora-plain')}; Task-aware TLoRA with both at its paper's 3e-4 {shown('task_tlora-small', 'lora-small')}. "
+        f"`math`, 12 epochs, three seeds: TLoRA+ {on_math('tlora_plus')}, Task-aware TLoRA {on_math('task_tlora')}"
     )
 
 
