@@ -32,7 +32,7 @@ PLAIN = ["--dropout", "0", "--lr", "0.0562"]  # TLoRA without its dropout, at it
 # Of other ranks, each at its best rate for all tasks (docs/rates.md): rank 8's is too high for TLoRA+ of rank 32, which then
 # learns nothing on three of the five.
 OF_RANK = [("lora", "32", "0.00562"), ("tlora_plus", "32", "0.001"), ("lora_xs", "32", "0.01")]
-OF_RANK += [("lora", "64", "0.00562"), ("tlora_plus", "64", "0.001"), ("tlora", "64", "0.0316")]
+OF_RANK += [("lora", "64", "0.00562"), ("tlora_plus", "64", "0.000562"), ("tlora", "64", "0.01")]
 
 # contestant: (method, flags beside the defaults)
 CONTESTANTS = {
