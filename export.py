@@ -50,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{lost[0]} goes with --from-peft")
     if args.text and not args.labels:
         parser.error("--text goes with --labels")
-    if args.max_length and not (args.task or args.labels):
-        parser.error("--max-length goes with --task or --labels")
     if args.with_base and not args.peft:
         parser.error("--with-base is for --peft DIR")
     if args.task and args.labels:

@@ -236,7 +236,6 @@ def test_mistakes_end_in_one_line(csv, tmp_path, capsys):
     alone = [["--backbone", "x"], ["--task", "cola"], ["--labels", "a", "b"], ["--text", "t"], ["--max-length", "9"]]
     refused = [(["--peft", "x", *flags], f"{flags[0]} goes with --from-peft") for flags in alone]
     refused += [(["--from-peft", "x", "--task", "cola", "--text", "t"], "--text goes with --labels")]
-    refused += [(["--from-peft", "x", "--max-length", "9"], "--max-length goes with --task or --labels")]
     for flags, words in refused:
         with pytest.raises(SystemExit) as stop:
             export.main(["run", *flags])

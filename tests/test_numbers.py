@@ -79,6 +79,9 @@ def test_the_baselines_rates_are_chosen_as_their_page_says():
         means.setdefault(method, {})[float(rate)] = -1 if mean == "–" else float(mean)
         assert mean == "–" or abs(float(mean) - (float(cola) + float(qnli)) / 2) <= 0.1
         assert (METHODS[method][2] == float(rate)) == (default == "default")
+    # The one exception, which the page names: its last rate is the best, and neither the next nor the default follows yet.
+    later = means.pop("pfeiffer")
+    assert max(later, key=later.get) == max(later) == 0.0316 and "but for `pfeiffer`, whose 3.16e-2" in page
     for tried in means.values():
         best = max(tried, key=tried.get)
         assert min(tried) < best < max(tried)
