@@ -247,10 +247,9 @@ def said_of_T2(rows, found):
     without_math = paired(differences(rows, "tlora-plain", "lora_xs-r32", tasks=sweep.TASKS[:-1]))
     return (
         f"The dropout of 0.5 on the update, the author's, moves TLoRA by {-gain[0]:+.1f} points here, each at its own rate. "
-        f"Without it TLoRA is "
-        f"{from_lora[0]:+.1f} ± {from_lora[1]:.1f} from LoRA, and {beside_xs[0]:+.1f} ± {beside_xs[1]:.1f} (without math "
-        f"{without_math[0]:+.1f} ± {without_math[1]:.1f}) from LoRA-XS with as many trained numbers. Both have a rate of their "
-        "own: TLoRA's was searched without the dropout, LoRA-XS's at rank 32."
+        f"Without it TLoRA is {from_lora[0]:+.1f} ± {from_lora[1]:.1f} from LoRA, and {beside_xs[0]:+.1f} ± {beside_xs[1]:.1f} "
+        f"(without math {without_math[0]:+.1f} ± {without_math[1]:.1f}) from LoRA-XS with as many trained numbers. Both have a "
+        "rate of their own: TLoRA's was searched without the dropout, LoRA-XS's at rank 32."
     )
 
 
