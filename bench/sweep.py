@@ -378,16 +378,20 @@ def cells(scores):
     return f"{mean:.1f}{spread} ({seeds}) at {rate(k):g}{edge}"
 
 
+def across(found, method):
+    """The cells of a method's row, a task each."""
+    return " | ".join(cells(found[method, task]) if (method, task) in found else "–" for task in TASKS)
+
+
+HEADS = " | ".join(f"{task} ({headline(task)})" for task in TASKS)
+
+
 def generated(rows):
     """The table of the generated tasks: the best rate of each method on each."""
-    found, lines = table(rows, "rates", []), []
-    methods = [m for m in METHODS if any(method == m for method, _ in found)]
-    tasks = [t for t in TASKS if any(task == t for _, task in found)]
-    lines += ["| method | " + " | ".join(f"{task} ({headline(task)})" for task in tasks) + " | default |"]
-    lines += ["|---|" + "--:|" * (len(tasks) + 1)]
-    for method in methods:
-        mine = [cells(found[method, task]) if (method, task) in found else "–" for task in tasks]
-        lines.append(f"| {method} | " + " | ".join(mine) + f" | {METHODS[method][2]:g} |")
+    found = table(rows, "rates", [])
+    lines = [f"| method | {HEADS} | default |", "|---|" + "--:|" * (len(TASKS) + 1)]
+    for method in [m for m in METHODS if any(method == m for method, _ in found)]:
+        lines.append(f"| {method} | {across(found, method)} | {METHODS[method][2]:g} |")
     return "\n".join(lines)
 
 
@@ -402,16 +406,16 @@ def one_for_all(rows):
 
 
 def options(rows):
-    """The table of runs with other flags: the best rate of each."""
-    lines = ["| method | flags | task | best |", "|---|---|---|--:|"]
+    """The table of runs with other flags: the best rate of each on each task, and the one rate for all, where that is found."""
+    lines = [f"| method | flags | {HEADS} | one rate for all |", "|---|---|" + "--:|" * (len(TASKS) + 1)]
     for more in sorted({tuple(row["flags"][2:]) for row in rows if row["study"] == "rates"} - {()}):
         found = table(rows, "rates", list(more))
-        for (method, task), scores in found.items():
-            lines.append(f"| {method} | `{' '.join(more)}` | {task} | {cells(scores)} |")
         for method in dict.fromkeys(method for method, _ in found):
-            if (means := on_all(found, method)) and not asked_of_all(found, method):
+            means, one = on_all(found, method), "–"
+            if means and not asked_of_all(found, method):
                 k = max(means, key=means.get)
-                lines.append(f"| {method} | `{' '.join(more)}` | one rate for all five | {means[k]:.1f} at {rate(k):g} |")
+                one = f"{means[k]:.1f} at {rate(k):g}"
+            lines.append(f"| {method} | `{' '.join(more)}` | {across(found, method)} | {one} |")
     return "\n".join(lines) if lines[2:] else "None yet."
 
 
