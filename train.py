@@ -326,7 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 fine_tune(settings, "python train.py " + shlex.join(argv), stop)
         except (FloatingPointError, parallel.Ended) as e:
             if parallel.first():
-                print(f"train.py: {e}: stopped; {folder.kept(settings.out)}", file=sys.stderr)
+                advice = "" if isinstance(e, parallel.Ended) else f"; it would come again: try a --lr below {settings.lr:g}"
+                print(f"train.py: {e}: stopped; {folder.kept(settings.out)}{advice}", file=sys.stderr)
             return 1
         except Stopped as e:
             print(f"train.py: stopped; {folder.kept(settings.out)}", file=sys.stderr)

@@ -117,4 +117,5 @@ def test_a_signal_does_not_cut_off_the_last_words(csv, tmp_path, capsys, monkeyp
         assert go(csv, tmp_path / "run", "--method", "lora")[0] == 1
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert asked == [None] and capsys.readouterr().err == "train.py: the loss is nan: stopped; nothing was saved yet\n"
+    said = "train.py: the loss is nan: stopped; nothing was saved yet; it would come again: try a --lr below 0.00562\n"
+    assert asked == [None] and capsys.readouterr().err == said
