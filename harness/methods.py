@@ -24,7 +24,7 @@ METHODS = {
     "adalora": ("baselines.adalora", "AdaLoRA: B diag(E) A, the budget shrinks", 3.16e-2, 0.0),
     "increlora": ("baselines.increlora", "IncreLoRA: AdaLoRA's form, ranks grow", 1.78e-2, 0.0),
     "houlsby": ("baselines.houlsby", "bottleneck adapters behind attention and MLP", 1e-3, 0.0),
-    "pfeiffer": ("baselines.pfeiffer", "bottleneck adapters behind the MLP", 1e-2, 0.0),
+    "pfeiffer": ("baselines.pfeiffer", "bottleneck adapters behind the MLP", 1.78e-2, 0.0),
     "full": ("baselines.full", "full fine-tuning", 5e-4, 0.01),
     "bitfit": ("baselines.bitfit", "biases only", 4e-2, 0.0),
     "head": ("baselines.head", "the task head only", 1e-2, 0.0),
