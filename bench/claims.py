@@ -267,7 +267,7 @@ def of_ranks(rows, found):
              for name, of in (("TLoRA+", "tlora_plus"), ("LoRA", "lora"))]  # fmt: skip
     names = ", ".join(r[2:] or "8" for r in ranks)
     rate = "Each rank trains at the one rate found for it ([rates.md](rates.md), other flags)."
-    return f"{rate} Means at ranks {names}: {'; '.join(words)}. "
+    return f"{rate} Means at ranks {names}: {'; '.join(words)}.\n\n"
 
 
 def of_ratios(rows):
@@ -277,12 +277,13 @@ def of_ratios(rows):
         found = sweep.table(rows, "rates", [] if ratio == RATIO else ["--ratio", ratio])
         if (means := sweep.on_all(found, "tlora_plus")) and not sweep.asked_of_all(found, "tlora_plus"):
             k = max(means, key=means.get)
-            each[ratio] = f"{ratio} {means[k]:.1f} at {sweep.rate(k):g}"
+            each[ratio] = f"{means[k]:.1f} with {ratio} (at {sweep.rate(k):g})"
     if len(each) < 2:
         return ""
+    lora = max(means_by_rate(rows)["lora"].values())
     return (
-        f"Other ratios, each at the one rate found for it (means of the five tasks in that search, development split, seeds 100 "
-        f"and 101; LoRA {max(means_by_rate(rows)['lora'].values()):.1f}): {', '.join(each.values())}. "
+        f"Ratios of the matrices' rates (`--ratio`), each at the one `--lr` found for it: {', '.join(each.values())}; LoRA "
+        f"{lora:.1f} (means of the five tasks in the search for rates, development split, seeds 100 and 101).\n\n"
     )
 
 

@@ -97,8 +97,22 @@ def test_what_is_said_of_higher_ranks():
     for row in made:  # rank 32 is worse on math than elsewhere
         row["test"] = {k: v - 0.5 * (row["task"] == "math" and "--rank" in row["flags"]) for k, v in row["test"].items()}
     words = claims.of_ranks(made, claims.answers(made))
-    means = "TLoRA+ 70.0, 65.0 (without math 70.0, 75.0); LoRA 90.0, 81.0 (without math 90.0, 91.0). "
+    means = "TLoRA+ 70.0, 65.0 (without math 70.0, 75.0); LoRA 90.0, 81.0 (without math 90.0, 91.0).\n\n"
     assert words.endswith(f"Means at ranks 8, 32: {means}")
+
+
+def test_what_is_said_of_ratios():
+    def searched(method, more, scores):
+        row = {"study": "rates", "method": method}
+        return [{**row, "task": task, "k": k, "seed": seed, "flags": ["--lr", "0.1", *more], "dev": {sweep.headline(task): value}}
+                for k, value in scores.items() for task in sweep.TASKS for seed in (100, 101)]  # fmt: skip
+
+    made = searched("lora", [], {-10: 0.9}) + searched("tlora_plus", [], {-11: 0.5, -10: 0.75, -9: 0.7})
+    assert claims.of_ratios(made) == ""  # the default alone
+    made += searched("tlora_plus", ["--ratio", "8"], {-12: 0.5, -11: 0.65})
+    assert claims.of_ratios(made) == ""  # a search that is not over: the next rate may be better
+    made += searched("tlora_plus", ["--ratio", "8"], {-10: 0.6})
+    assert ": 75.0 with 4 (at 0.00316), 65.0 with 8 (at 0.00178); LoRA 90.0 (" in claims.of_ratios(made)
 
 
 def test_what_is_said_of_one_small_rate_for_both():
