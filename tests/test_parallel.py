@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from short import METHODS, TINY, adapter_of, rows_of
@@ -13,6 +14,7 @@ import train
 from harness import folder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ENV = {**os.environ, "PYTHONPATH": ROOT}
 ALIKE = 1e-5
 # What a case adds: growth and masking within 30 steps; the last batch of an epoch has one row, so one process has none.
 MORE = {
@@ -32,9 +34,14 @@ CASES["answers"] = ["--method", "lora"]  # of a decoder: texts of different leng
 ROWS = ["--rows", "33", "--batch-size", "8", "--epochs", "6", "--eval-every", "1"]
 
 
-def torchrun(*command, processes=2, **more):
+def torchrun(*command, processes=2):
+    """torchrun, ended. Once in some hundred times a process aborts within PyTorch: a warning says where, and it runs again."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, command)]
-    return subprocess.run(start, cwd=ROOT, capture_output=True, text=True, **more)
+    for last in (False, True):
+        result = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, env={**ENV, "PYTHONFAULTHANDLER": "1"})
+        if "SIGABRT" not in result.stderr or last:
+            return result
+        warnings.warn(result.stderr[:5000], stacklevel=2)
 
 
 def argv_of(csv, out, *more):
@@ -78,7 +85,7 @@ def both(table, tmp_path_factory):
     """{case: (folder of one process, folder of two)}"""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     result = together([argv_of(table, two / case, *flags) for case, flags in CASES.items()], two)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[:3000]
     for case, flags in CASES.items():
         assert train.main(argv_of(table, one / case, *flags)) == 0
     return {case: (one / case, two / case) for case in CASES}
@@ -129,10 +136,10 @@ def test_the_evaluation_is_dealt_out_and_every_row_comes_back_once(table, tmp_pa
     assert train.main(argv_of(table, tmp_path / "run", "--method", "lora")) == 0
     (tmp_path / "dealt.py").write_text(DEALT)
     command = tmp_path / "dealt.py", tmp_path / "run", tmp_path
-    result = torchrun(*command, processes=3, env={**os.environ, "PYTHONPATH": ROOT})
-    assert result.returncode == 0, result.stderr[-2000:]
+    result = torchrun(*command, processes=3)
+    assert result.returncode == 0, result.stderr[:2000]
     said = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(3)]
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": ROOT})
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, env=ENV)
     alone, seen = json.loads((tmp_path / "0.json").read_text())
     assert [n for _, n in said] == [16, 13, 8] and seen == 37 and len(set(map(str, alone["probabilities"]))) > 5
     for found, _ in said:
@@ -207,11 +214,11 @@ with open(f"{sys.argv[1]}/{parallel.number()}.json", "w") as f:
 
 def test_under_distributed_data_parallel_growth_is_the_same_or_refused(tmp_path):
     (tmp_path / "ddp.py").write_text(DDP)
-    result = torchrun(tmp_path / "ddp.py", tmp_path, "anew", env={**os.environ, "PYTHONPATH": ROOT})
-    assert result.returncode == 0, result.stderr[-2000:]
+    result = torchrun(tmp_path / "ddp.py", tmp_path, "anew")
+    assert result.returncode == 0, result.stderr[:2000]
     one, other = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
     assert one == other and one[0].startswith("DistributedDataParallel would not train what grows") and sum(one[1]) == 12
-    result = torchrun(tmp_path / "ddp.py", tmp_path, env={**os.environ, "PYTHONPATH": ROOT})
+    result = torchrun(tmp_path / "ddp.py", tmp_path)
     assert result.returncode == 1 and "the processes have drifted apart" in result.stderr
 
 
@@ -258,14 +265,10 @@ for method, options in ((lora, {}), (tlora_plus, {}), (task_tlora, {}), (triadap
     assert (whole(x) - model(x)).abs().max() < 1e-6 < 1e-3 < (whole(x) - before).abs().max(), method
     apart = max(abs(a - b) for a, b in zip(*found))
     assert apart < 1e-6 and found[0][0] - found[0][-2] > 1e-2, (method, apart, found)
-parallel.wait()
-open(f"{__file__}.{parallel.number()}", "w").close()  # all of the above held
-parallel.wait()
 """
 
 
 def test_method_files_train_alike_under_fully_sharded_data_parallel(tmp_path):
     (tmp_path / "sharded.py").write_text(SHARDED)
-    result = torchrun(tmp_path / "sharded.py", env={**os.environ, "PYTHONPATH": ROOT})
-    # Not the exit status: once in dozens of runs a process aborted, as it seems while PyTorch took its groups down.
-    assert {file.name for file in tmp_path.glob("sharded.py.*")} == {"sharded.py.0", "sharded.py.1"}, result.stderr[-3000:]
+    result = torchrun(tmp_path / "sharded.py")
+    assert result.returncode == 0, result.stderr[:3000]
