@@ -217,11 +217,12 @@ class Saver:
 
 def kept(out: str) -> str:
     """What a run that stopped has left, in words."""
-    try:
-        step = load_state(out)[2]["step"]
-    except (ValueError, OSError):
-        return "nothing was saved yet"
-    return f"{out} keeps the state after step {step}, the same command with --resume goes on from it"
+    with contextlib.suppress(ValueError, OSError):
+        return f"{out} keeps the state after step {load_state(out)[2]['step']}, the same command with --resume goes on from it"
+    with contextlib.suppress(ValueError, OSError):
+        if read_config(out)["finished"]:
+            return f"{out} holds a finished run"
+    return "nothing was saved yet"
 
 
 def complete(about: dict, wanted: Iterable[str], path: str) -> None:

@@ -84,7 +84,7 @@ def together(todo, folder, *more):
 def both(table, tmp_path_factory):
     """{case: (folder of one process, folder of two)}"""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    result = together([argv_of(table, two / case, *flags) for case, flags in CASES.items()], two)
+    result = together([argv_of(table, two / case, *flags, "--overwrite") for case, flags in CASES.items()], two)
     assert result.returncode == 0, result.stderr[:3000]
     for case, flags in CASES.items():
         assert train.main(argv_of(table, one / case, *flags)) == 0

@@ -103,6 +103,14 @@ def test_a_signal_within_a_step_saves_that_step(csv, tmp_path, capsys, monkeypat
     assert folder.load_state(tmp_path / "run")[2]["step"] == 3
 
 
+def test_a_signal_after_the_state_has_gone_says_that_the_run_is_finished(csv, tmp_path, capsys, monkeypatch):
+    remove = os.remove
+    monkeypatch.setattr(train.os, "remove", lambda path: (remove(path), os.kill(os.getpid(), signal.SIGTERM)))
+    assert go(csv, tmp_path / "run", "--method", "lora")[0] == 143
+    assert capsys.readouterr().err == f"train.py: stopped; {tmp_path / 'run'} holds a finished run\n"
+    assert folder.read_run(tmp_path / "run")[0]["finished"] and not os.path.exists(folder.state_path(tmp_path / "run"))
+
+
 def test_a_signal_does_not_cut_off_the_last_words(csv, tmp_path, capsys, monkeypatch):
     """torchrun sends SIGTERM to the first process while that says that another has ended."""
 
