@@ -15,7 +15,7 @@ METHODS = {
     "lora": ("baselines.lora", "LoRA, the yardstick", 5.62e-3, 0.0),
     # What the papers compare with.
     "lora_plus": ("baselines.lora_plus", "LoRA+: LoRA, B with a rate of its own", 1e-3, 0.0),
-    "dora": ("baselines.dora", "DoRA: LoRA's direction, rows of a trained length", 3.16e-3, 0.0),
+    "dora": ("baselines.dora", "DoRA: LoRA's direction, rows of a trained length", 5.62e-3, 0.0),
     "pissa": ("baselines.pissa", "PiSSA: LoRA from the principal part of W0", 3.16e-3, 0.0),
     "olora": ("baselines.olora", "OLoRA: LoRA from a QR of W0", 1e-3, 0.0),
     "lora_ga": ("baselines.lora_ga", "LoRA-GA: LoRA from the SVD of the gradient", 1e-3, 0.0),
