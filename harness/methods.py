@@ -23,7 +23,7 @@ METHODS = {
     "lora_xs": ("baselines.lora_xs", "LoRA-XS: U S R V^T of the SVD of W0, only R trained", 3.16e-3, 0.0),
     "adalora": ("baselines.adalora", "AdaLoRA: B diag(E) A, the budget shrinks", 3.16e-2, 0.0),
     "increlora": ("baselines.increlora", "IncreLoRA: AdaLoRA's form, ranks grow", 1.78e-2, 0.0),
-    "houlsby": ("baselines.houlsby", "bottleneck adapters behind attention and MLP", 1e-3, 0.0),
+    "houlsby": ("baselines.houlsby", "bottleneck adapters behind attention and MLP", 5.62e-3, 0.0),
     "pfeiffer": ("baselines.pfeiffer", "bottleneck adapters behind the MLP", 1.78e-2, 0.0),
     "full": ("baselines.full", "full fine-tuning", 5e-4, 0.01),
     "bitfit": ("baselines.bitfit", "biases only", 4e-2, 0.0),
