@@ -189,9 +189,14 @@ def colour(name, best):
     return "#0072B2" if name in best else "#70757e"
 
 
-def name_points(ax, points, colour):
-    """Write each name beside its point, where no other name or point is if there is such a place."""
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in map(ax.transData.transform, points.values())]
+def name_points(ax, points, spreads, colour):
+    """Write each name beside its point, where no other name, point or error bar is if there is such a place."""
+    taken = []
+    for name, (x, y) in points.items():
+        bar = [ax.transData.transform((x, y + sign * spreads[name])) for sign in (-1, 1)]
+        taken += [(bar[0][0] - 1, bar[0][1], bar[1][0] + 1, bar[1][1])]
+        x, y = ax.transData.transform((x, y))
+        taken += [(x - 4, y - 4, x + 4, y + 4)]
     for name, point in points.items():
         x, y = ax.transData.transform(point)
         if not ax.bbox.contains(x, y):
@@ -201,7 +206,8 @@ def name_points(ax, points, colour):
             left, low = x + dx - wide * (dx < 0), y + dy - high * (dy < 0)
             box = left, low, left + wide, low + high
             clash = sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
-            places.append((clash, len(places), box))
+            inside = ax.bbox.contains(*box[:2]) and ax.bbox.contains(*box[2:])
+            places.append((not inside, clash, len(places), box))
         *_, box = min(places)
         taken.append(box)
         line = {"arrowstyle": "-", "color": colour(name), "linewidth": 0.5}  # from the point to its name
@@ -216,6 +222,7 @@ def pareto(rows):
     import matplotlib.pyplot as plt
 
     found, times = totals(rows), step_times()
+    spreads = {name: statistics.stdev(nine) for name, (nine, _) in found.items()}
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True, dpi=90)  # as it is saved: names are placed by pixels
     against = {"trained numbers on cola": {name: count for name, (_, count) in found.items()},
              "time of a training step, PEFT's LoRA = 1 (width 128, one CPU thread)": times}  # fmt: skip
@@ -224,7 +231,7 @@ def pareto(rows):
         points = {name: (cost[name], statistics.mean(found[name][0])) for name in found if cost[name] and name != "head"}
         best = front(points)
         for name, (x, y) in points.items():
-            ax.errorbar(x, y, statistics.stdev(found[name][0]), fmt="o", color=colour(name, best), markersize=5)
+            ax.errorbar(x, y, spreads[name], fmt="o", color=colour(name, best), markersize=5)
         ax.set_xlabel(what)
         ax.set_xscale("log" if what.startswith("trained") else "linear")
         ax.grid(alpha=0.3)
@@ -236,7 +243,7 @@ def pareto(rows):
     figure.suptitle("What a score costs: in blue those that no other beats at the same cost or less (the head alone is below)")
     figure.tight_layout()
     for ax, points, best in shown:
-        name_points(ax, points, lambda name, best=best: colour(name, best))
+        name_points(ax, points, spreads, lambda name, best=best: colour(name, best))
     figure.savefig(os.path.join(ROOT, "docs", "pareto.png"), dpi=90)
     plt.close(figure)
 
