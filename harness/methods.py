@@ -18,7 +18,7 @@ METHODS = {
     "dora": ("baselines.dora", "DoRA: LoRA's direction, rows of a trained length", 5.62e-3, 0.0),
     "pissa": ("baselines.pissa", "PiSSA: LoRA from the principal part of W0", 3.16e-3, 0.0),
     "olora": ("baselines.olora", "OLoRA: LoRA from a QR of W0", 1.78e-3, 0.0),
-    "lora_ga": ("baselines.lora_ga", "LoRA-GA: LoRA from the SVD of the gradient", 1e-3, 0.0),
+    "lora_ga": ("baselines.lora_ga", "LoRA-GA: LoRA from the SVD of the gradient", 3.16e-3, 0.0),
     "corda": ("baselines.corda", "CorDA: LoRA from the SVD of W0 times the input covariance", 1.78e-3, 0.0),
     "lora_xs": ("baselines.lora_xs", "LoRA-XS: U S R V^T of the SVD of W0, only R trained", 5.62e-3, 0.0),
     "adalora": ("baselines.adalora", "AdaLoRA: B diag(E) A, the budget shrinks", 3.16e-2, 0.0),

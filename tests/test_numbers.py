@@ -63,27 +63,9 @@ def test_defaults_from_five_tasks_have_the_best_mean_over_the_tasks():
     found = sweep.table(sweep.read(sweep.ROWS), "rates", [])
     means = {method: sweep.on_all(found, method) for method in METHODS}
     chosen = [method for method in METHODS if means[method] and not sweep.asked_of_all(found, method)]
-    assert {"lora", "tlora", "tlora_plus", "task_tlora", "triadapt"} < set(chosen)
+    assert METHODS.keys() - set(chosen) <= {"full", "bitfit", "head"}
     for method in chosen:
         assert METHODS[method][2] == sweep.rate(max(means[method], key=means[method].get)), method
-
-
-def test_the_baselines_rates_are_chosen_as_their_page_says():
-    kept = [row for row in sweep.read(sweep.ROWS) if (row["study"], row["seed"], len(row["flags"])) == ("rates", 100, 2)]
-    scores = {(row["method"], sweep.rate(row["k"]), row["task"]): f"{sweep.score(row):.1f}" for row in kept}
-    page = read("bench", "rates.md").partition("## Baselines")[2]
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| (\S+) \| (\S+) \| (\S+) \| (\w*) \|$", page, re.M)
-    assert len({method for method, *_ in rows}) == 1
-    means = {}
-    for method, rate, cola, qnli, mean, default in rows:
-        assert (cola, qnli) == tuple(scores.get((method, float(rate), task), "–") for task in ("cola", "qnli"))
-        means.setdefault(method, {})[float(rate)] = -1 if mean == "–" else float(mean)
-        assert mean == "–" or abs(float(mean) - (float(cola) + float(qnli)) / 2) <= 0.1
-        assert (METHODS[method][2] == float(rate)) == (default == "default")
-    for tried in means.values():
-        best = max(tried, key=tried.get)
-        assert min(tried) < best < max(tried)
-    assert {method: max(tried, key=tried.get) for method, tried in means.items()} == {m: METHODS[m][2] for m in means}
 
 
 def test_what_words_alone_tell_is_what_the_bench_found():
