@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 
 # method: (module, what it is, learning rate, weight decay). The rates were chosen on seeds that no table uses (docs/rates.md, of
-# some baselines bench/rates.md; bitfit's after a collapse on seeds of the table); the decays are the papers' where they name one.
+# full, bitfit, head bench/rates.md; bitfit's after a collapse on seeds of the table); the decays are the papers' where named.
 METHODS = {
     "triadapt": ("triadapt", "TriAdaptLoRA: B (L+U) A, ranks grow under a budget", 1.78e-2, 0.0),
     "tlora": ("tlora", "TLoRA: alpha C B A, only B and the scale alpha trained", 3.16e-2, 0.01),

@@ -35,7 +35,7 @@ ROWS = ["--rows", "33", "--batch-size", "8", "--epochs", "6", "--eval-every", "1
 
 
 def torchrun(*command, processes=2):
-    """torchrun, ended. Once in some hundred times a process aborts within PyTorch: a warning says where, and it runs again."""
+    """torchrun, ended. Twice in dozens of runs a process aborted, nobody knows why: a warning says where, and it runs again."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, command)]
     for last in (False, True):
         result = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, env={**ENV, "PYTHONFAULTHANDLER": "1"})
