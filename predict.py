@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 from harness import folder, generation, metrics
 from harness.run import Run, positions
-from harness.settings import CLOSED, Parser, count, in_words, number
+from harness.settings import CLOSED, Parser, count, forget, in_words, number
 from reading import files
 
 
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "stdout" in CLOSED and not args.submission:
         parser.error("standard output is closed")
     if hasattr(sys.stdout, "reconfigure"):  # whatever the console's code page
-        sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)
     try:
         predict(args)
     except BrokenPipeError:  # | head: whoever reads has seen enough
@@ -186,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError) as e:
         print(f"predict.py: error: {in_words(e)}", file=sys.stderr)
+        forget(e)
         return 2
     return 0
 

@@ -28,7 +28,7 @@ import data
 import model as modelling
 from harness import backbones, exports, figures, folder, parallel, report, sealed
 from harness.run import Run, choose_device, to_device
-from harness.settings import default_rate, in_words, parse
+from harness.settings import default_rate, forget, in_words, parse
 from harness.stop import Stop, Stopped
 from tlora import cosine_similarity
 
@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     settings = parse(argv, description=__doc__.split("\n\n")[0])
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a label that the console's code page lacks ends no run
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # whatever the console lacks; into a pipe too
     with Stop() as stop:
         try:
             with stop.interruptible():
@@ -338,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         except (ValueError, OSError) as e:
             print(f"train.py: error: {in_words(e)}", file=sys.stderr)
+            forget(e)
             return 2
     return 0
 

@@ -5,6 +5,7 @@ their signatures (methods.py) and are kept in `Settings.options`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -334,6 +335,13 @@ def in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'standard output'}: {error.strerror}"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def forget(error: Exception) -> None:
+    """After standard output failed: what waits in its buffer goes nowhere, or Python would try again at its end, and say so."""
+    if isinstance(error, OSError) and error.strerror and not error.filename:
+        with contextlib.suppress(ValueError):  # it has no number: not a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(argv: Sequence[str], description: str | None = None) -> Settings:

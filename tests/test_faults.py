@@ -207,7 +207,9 @@ def test_standard_streams_that_are_closed_or_full(csv, tmp_path):
         job("predict", [run, csv], 2, "predict.py: error: standard output: No space left on device\n", out=full)
         job("train", [*flags, tmp_path / "d"], 0, "", err=full)
     given = "".join(json.dumps(one) + "\n" for one in jobs)
-    result = subprocess.run([sys.executable, "-c", PROGRAM.format(root=ROOT)], input=given, capture_output=True, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as most users' Python is
+    program = [sys.executable, "-c", PROGRAM.format(root=ROOT)]
+    result = subprocess.run(program, input=given, capture_output=True, text=True, env=buffered)
     codes = list(map(int, result.stdout.split()))
     for n, (code, words) in enumerate(seen):
         err = (tmp_path / f"{n}.err").read_text() if (tmp_path / f"{n}.err").exists() else ""
