@@ -41,6 +41,7 @@ CONTESTANTS = {
     "tlora-plain": ("tlora", PLAIN),
     **{f"{name}-small": (name, ["--lr", "0.0003"]) for name in ("lora", "task_tlora")},
     "lora-r3": ("lora", ["--rank", "3"]),
+    "task_tlora-scaled": ("task_tlora", ["--alpha", "64", "--lr", "0.000445"]),  # four times its scale, a quarter of its rate
     "tlora_plus-no-decay": ("tlora_plus", ["--weight-decay", "0"]),
     "nonlinear": ("triadapt", ["--mode", "nonlinear"]),
     "fixed-k": ("triadapt", ["--mode", "fixed"]),
@@ -270,26 +271,27 @@ def of_ranks(rows, found):
     return f"{rate} Means at ranks {names}: {'; '.join(words)}.\n\n"
 
 
-def of_ratios(rows):
-    """TLoRA+ with other ratios of the matrices' rates, each at the best rate found for it, in the search for rates."""
-    each = {}
-    for ratio in ("1", "2", "4", "5", "8", "paper", "summed"):
-        found = sweep.table(rows, "rates", [] if ratio == RATIO else ["--ratio", ratio])
-        if (means := sweep.on_all(found, "tlora_plus")) and not sweep.asked_of_all(found, "tlora_plus"):
+def of_option(rows, method, option, values, default):
+    """A method with other values of an option, each at the best rate found for it, in the search for rates; empty below two."""
+    each = []
+    for value in values:
+        found = sweep.table(rows, "rates", [] if value == default else [option, value])
+        if (means := sweep.on_all(found, method)) and not sweep.asked_of_all(found, method):
             k = max(means, key=means.get)
-            each[ratio] = f"{means[k]:.1f} with {ratio} (at {sweep.rate(k):g})"
+            each.append(f"{means[k]:.1f} with {value} (at {sweep.rate(k):g})")
     if len(each) < 2:
         return ""
     lora = max(means_by_rate(rows)["lora"].values())
     return (
-        f"Ratios of the matrices' rates (`--ratio`), each at the one `--lr` found for it: {', '.join(each.values())}; LoRA "
-        f"{lora:.1f} (means of the five tasks in the search for rates, development split, seeds 100 and 101).\n\n"
+        f"(`{option}`), each at the one `--lr` found for it: {', '.join(each)}; LoRA {lora:.1f} (means of the five tasks in the "
+        "search for rates, development split, seeds 100 and 101).\n\n"
     )
 
 
 def said_of_P2(rows, found):
     """What rank does, and the ratio; whose ratio and decay these are, and what the decay costs; each once it is measured."""
-    words = of_ranks(rows, found) + of_ratios(rows)
+    ratios = of_option(rows, "tlora_plus", "--ratio", ("1", "2", "4", "5", "8", "paper", "summed"), RATIO)
+    words = of_ranks(rows, found) + (ratios and f"Ratios of the matrices' rates {ratios}")
     words += "TLoRA+ trains with the default ratio of 4 and its paper's weight decay of 0.1, at rates far above its paper's 1e-4."
     gain = differences(rows, "tlora_plus-no-decay", "tlora_plus")
     if len(gain) < len(sweep.FRESH):
@@ -314,7 +316,21 @@ def said_of_K1(rows, found):
     return (
         f"At 3e-4 Task-aware TLoRA is {small[0]:+.1f} points from LoRA, at the rates chosen for each {own[0]:+.1f}: the one "
         f"small rate moves LoRA by {lora_small - lora:+.1f} points (from {lora:.1f} to {lora_small:.1f}), Task-aware TLoRA by "
-        f"{ours_small - ours:+.1f} (from {ours:.1f} to {ours_small:.1f})."
+        f"{ours_small - ours:+.1f} (from {ours:.1f} to {ours_small:.1f}).{scale_and_rate(rows)}"
+    )
+
+
+def scale_and_rate(rows):
+    """What four times Task-aware TLoRA's scale at a quarter of its rate does; empty until it is measured."""
+    moved = differences(rows, "task_tlora-scaled", "task_tlora")
+    if len(moved) < 3:
+        return ""
+    mean, half, _ = paired(moved)
+    return (
+        "\n\nIts scale needs no search of its own: of its matrices B alone is trained, without decay, and the length of AdamW's "
+        "steps does not depend on the gradient's, so the scale and the rate are one setting (but for the clipping). Four times "
+        f"the scale at a quarter of the rate (`--alpha 64 --lr 0.000445`) moves it by {mean:+.1f} ± {half:.1f} points on "
+        f"{len(moved)} seeds."
     )
 
 
@@ -325,7 +341,8 @@ def said_of_A1(rows, found):
     on_math, others = (paired(differences(rows, "triadapt", "nonlinear", tasks=t)) for t in (["math"], sweep.TASKS[:-1]))
     searched = sweep.table(rows, "rates", ["--mode", "nonlinear"]).get(("triadapt", "math"))
     own = f"; searched for on math alone, nonlinear's best is {sweep.rate(sweep.best(searched)[0]):g} there" if searched else ""
-    return (
+    alphas = of_option(rows, "triadapt", "--alpha", ("4", "16", "64"), "16")
+    return (alphas and f"TriAdaptLoRA's scale {alphas}") + (
         f"Linear and nonlinear growth are {on_math[0]:+.1f} ± {on_math[1]:.1f} points apart on math and {others[0]:+.1f} ± "
         f"{others[1]:.1f} on the other four. All three modes train at {METHODS['triadapt'][2]:g}, chosen for linear{own}."
     )

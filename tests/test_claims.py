@@ -101,18 +101,24 @@ def test_what_is_said_of_higher_ranks():
     assert words.endswith(f"Means at ranks 8, 32: {means}")
 
 
-def test_what_is_said_of_ratios():
-    def searched(method, more, scores):
-        row = {"study": "rates", "method": method}
-        return [{**row, "task": task, "k": k, "seed": seed, "flags": ["--lr", "0.1", *more], "dev": {sweep.headline(task): value}}
-                for k, value in scores.items() for task in sweep.TASKS for seed in (100, 101)]  # fmt: skip
+def searched(method, more, scores):
+    row = {"study": "rates", "method": method}
+    return [{**row, "task": task, "k": k, "seed": seed, "flags": ["--lr", "0.1", *more], "dev": {sweep.headline(task): value}}
+            for k, value in scores.items() for task in sweep.TASKS for seed in (100, 101)]  # fmt: skip
 
-    made = searched("lora", [], {-10: 0.9}) + searched("tlora_plus", [], {-11: 0.5, -10: 0.75, -9: 0.7})
-    assert claims.of_ratios(made) == ""  # the default alone
-    made += searched("tlora_plus", ["--ratio", "8"], {-12: 0.5, -11: 0.65})
-    assert claims.of_ratios(made) == ""  # a search that is not over: the next rate may be better
-    made += searched("tlora_plus", ["--ratio", "8"], {-10: 0.6})
-    assert ": 75.0 with 4 (at 0.00316), 65.0 with 8 (at 0.00178); LoRA 90.0 (" in claims.of_ratios(made)
+
+def test_what_is_said_of_ratios_and_of_scales():
+    said = {"--ratio": ("tlora_plus", "4", "8", claims.said_of_P2), "--alpha": ("triadapt", "16", "64", claims.said_of_A1)}
+    for option, (method, default, other, words) in said.items():
+        made = searched("lora", [], {-10: 0.9}) + searched(method, [], {-11: 0.5, -10: 0.75, -9: 0.7})
+        made += rows(lora=90.0, triadapt=80.0, nonlinear=78.0)
+        assert option not in words(made, claims.answers(made))  # the default alone
+        made += searched(method, [option, other], {-12: 0.5, -11: 0.65})
+        assert option not in words(made, claims.answers(made))  # a search that is not over: the next rate may be better
+        made += searched(method, [option, other], {-10: 0.6})
+        found = f": 75.0 with {default} (at 0.00316), 65.0 with {other} (at 0.00178); LoRA 90.0 ("
+        assert f"(`{option}`)" in words(made, claims.answers(made)) and found in words(made, claims.answers(made))
+        assert float(methods.options(method)[option[2:]][1]) == float(default)
 
 
 def test_what_is_said_of_one_small_rate_for_both():
@@ -123,6 +129,12 @@ def test_what_is_said_of_one_small_rate_for_both():
     words = claims.said_of_K1(made, claims.answers(made))
     assert "At 3e-4 Task-aware TLoRA is +10.0 points from LoRA, at the rates chosen for each -10.0:" in words
     assert "moves LoRA by -40.0 points (from 90.0 to 50.0), Task-aware TLoRA by -20.0 (from 80.0 to 60.0)." in words
+    assert "`--alpha" not in words
+    made += [row for row in rows(**{"task_tlora-scaled": 81.0}) if row["seed"] < 3]
+    words = claims.said_of_K1(made, claims.answers(made))
+    assert words.endswith("(`--alpha 64 --lr 0.000445`) moves it by +1.0 ± 0.0 points on 3 seeds.")
+    alpha, rate = methods.options("task_tlora")["alpha"][1], METHODS["task_tlora"][2]
+    assert (4 * alpha, rate / 4, METHODS["task_tlora"][3]) == (64, 0.000445, 0.0)
 
 
 def test_what_is_said_of_where_the_modes_differ():
