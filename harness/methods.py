@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 
 # method: (module, what it is, learning rate, weight decay). The rates were chosen on seeds that no table uses (docs/rates.md, of
-# full and head bench/rates.md); the decays are the papers' where named.
+# head bench/rates.md); the decays are the papers' where named.
 METHODS = {
     "triadapt": ("triadapt", "TriAdaptLoRA: B (L+U) A, ranks grow under a budget", 1.78e-2, 0.0),
     "tlora": ("tlora", "TLoRA: alpha C B A, only B and the scale alpha trained", 3.16e-2, 0.01),
@@ -25,7 +25,7 @@ METHODS = {
     "increlora": ("baselines.increlora", "IncreLoRA: AdaLoRA's form, ranks grow", 1.78e-2, 0.0),
     "houlsby": ("baselines.houlsby", "bottleneck adapters behind attention and MLP", 5.62e-3, 0.0),
     "pfeiffer": ("baselines.pfeiffer", "bottleneck adapters behind the MLP", 1.78e-2, 0.0),
-    "full": ("baselines.full", "full fine-tuning", 5e-4, 0.01),
+    "full": ("baselines.full", "full fine-tuning", 1e-3, 0.01),
     "bitfit": ("baselines.bitfit", "biases only", 3.16e-2, 0.0),
     "head": ("baselines.head", "the task head only", 1e-2, 0.0),
 }

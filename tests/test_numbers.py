@@ -63,7 +63,7 @@ def test_defaults_from_five_tasks_have_the_best_mean_over_the_tasks():
     found = sweep.table(sweep.read(sweep.ROWS), "rates", [])
     means = {method: sweep.on_all(found, method) for method in METHODS}
     chosen = [method for method in METHODS if means[method] and not sweep.asked_of_all(found, method)]
-    assert METHODS.keys() - set(chosen) <= {"full", "head"}
+    assert METHODS.keys() - set(chosen) <= {"head"}
     for method in chosen:
         assert METHODS[method][2] == sweep.rate(max(means[method], key=means[method].get)), method
 
