@@ -113,9 +113,14 @@ def best(scores):
     return k, statistics.mean(scores[k, seed] for seed in seeds[k]), len(seeds[k])
 
 
+def tasks_of(method, tasks):
+    """Those where the method has something to train: `head` has not where the base's own output gives the answers."""
+    return [task for task in tasks if method != "head" or data.TASKS[task].kind != "lm"]
+
+
 def on_all(found, method):
-    """{k: mean over TASKS} of the rates that were tried on all of them, by the seeds of the half decades."""
-    every = [found.get((method, task), {}) for task in TASKS]
+    """{k: mean over its TASKS} of the rates that were tried on all of them, by the seeds of the half decades."""
+    every = [found.get((method, task), {}) for task in tasks_of(method, TASKS)]
     ks = set.intersection(*({k for k, _ in scores} for scores in every))
     runs = {k: [scores.get((k, seed)) for scores in every for seed in SEEDS["rates"][0]] for k in sorted(ks)}
     return {k: statistics.mean(values) for k, values in runs.items() if None not in values}
@@ -126,7 +131,7 @@ def asked_of_all(found, method):
     if not (means := on_all(found, method)):
         return []
     best = max(means, key=means.get)
-    wanted = itertools.product(TASKS, itertools.product((best - 1, best + 1), SEEDS["rates"][0]))
+    wanted = itertools.product(tasks_of(method, TASKS), itertools.product((best - 1, best + 1), SEEDS["rates"][0]))
     return [(task, run) for task, run in wanted if run not in found[method, task]]
 
 
@@ -155,9 +160,7 @@ def plan(rows, args):
     done = set(map(key, rows))
     for i, method in enumerate(args.methods):
         for_all = asked_of_all(found, method) if study == "rates" else []
-        for task in args.tasks:
-            if method == "head" and data.TASKS[task].kind == "lm":
-                continue
+        for task in tasks_of(method, args.tasks):
             have = found.get((method, task), {})
             if study == "head":
                 wanted = [(k, seed) for k in HEAD for seed in SEEDS["rates"][0] if (k, seed) not in have]
@@ -397,7 +400,7 @@ def generated(rows):
 
 def one_for_all(rows):
     """The table of the rates that were tried on all tasks, of the methods whose search for it is over."""
-    found, lines = table(rows, "rates", []), ["| method | default | mean of the five tasks at each rate |", "|---|--:|---|"]
+    found, lines = table(rows, "rates", []), ["| method | default | mean of the five tasks (head: four) at each rate |", "|---|--:|---|"]
     for method in METHODS:
         if (means := on_all(found, method)) and not asked_of_all(found, method):
             shown = ", ".join(f"{rate(k):g}: {mean:.1f}" for k, mean in means.items())

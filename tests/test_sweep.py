@@ -57,6 +57,8 @@ def test_one_rate_for_all_tasks_has_the_best_mean_and_both_neighbours_tried(peak
     assert max(means, key=means.get) == peak and {peak - 1, peak + 1} <= set(means)
     del found["lora", "math"][peak, 101]  # a rate counts where every task has both seeds
     assert peak not in sweep.on_all(found, "lora")
+    others = {("head", task): found["lora", task] for task in sweep.TASKS if task != "math"}  # nothing of `head` is trained there
+    assert peak in sweep.on_all(others, "head") and "math" not in dict(sweep.asked_of_all(others, "head"))
 
 
 def test_level_rates_give_the_middle_one_and_rates_read_as_they_are_typed():
