@@ -400,7 +400,8 @@ def generated(rows):
 
 def one_for_all(rows):
     """The table of the rates that were tried on all tasks, of the methods whose search for it is over."""
-    found, lines = table(rows, "rates", []), ["| method | default | mean of the five tasks (head: four) at each rate |", "|---|--:|---|"]
+    found = table(rows, "rates", [])
+    lines = ["| method | default | mean of the five tasks (head: four) at each rate |", "|---|--:|---|"]
     for method in METHODS:
         if (means := on_all(found, method)) and not asked_of_all(found, method):
             shown = ", ".join(f"{rate(k):g}: {mean:.1f}" for k, mean in means.items())
@@ -486,7 +487,7 @@ best may rest on one. In brackets its seeds so far; "edge": the best is the last
 ## One rate for all tasks
 
 A method's default in `train.py` is the rate with the best mean over the five tasks on seeds 100 and 101, with both quarter
-decades beside it tried on all five. Methods that are not listed have not come so far: bench/rates.md has theirs.
+decades beside it tried on all five.
 
 {one_for_all(rows)}
 

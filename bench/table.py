@@ -238,8 +238,8 @@ def pareto(rows):
         ax.margins(0.15)
         shown.append((ax, points, best))
     axes[0].set_ylabel("mean of nine generated tasks, points")
-    scored = [statistics.mean(nine) for name, (nine, _) in found.items() if name != "head"]
-    axes[0].set_ylim(min(scored) - 1, max(scored) + 1)
+    bars = [(statistics.mean(nine), spreads[name]) for name, (nine, _) in found.items() if name != "head"]
+    axes[0].set_ylim(min(y - d for y, d in bars) - 0.5, max(y + d for y, d in bars) + 0.5)
     figure.suptitle("What a score costs: in blue those that no other beats at the same cost or less (the head alone is below)")
     figure.tight_layout()
     for ax, points, best in shown:

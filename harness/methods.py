@@ -5,8 +5,8 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 
-# method: (module, what it is, learning rate, weight decay). The rates were chosen on seeds that no table uses (docs/rates.md, of
-# head bench/rates.md); the decays are the papers' where named.
+# method: (module, what it is, learning rate, weight decay). The rates were chosen on seeds that no table uses (docs/rates.md),
+# the decays are the papers' where named.
 METHODS = {
     "triadapt": ("triadapt", "TriAdaptLoRA: B (L+U) A, ranks grow under a budget", 1.78e-2, 0.0),
     "tlora": ("tlora", "TLoRA: alpha C B A, only B and the scale alpha trained", 3.16e-2, 0.01),
@@ -27,7 +27,7 @@ METHODS = {
     "pfeiffer": ("baselines.pfeiffer", "bottleneck adapters behind the MLP", 1.78e-2, 0.0),
     "full": ("baselines.full", "full fine-tuning", 1e-3, 0.01),
     "bitfit": ("baselines.bitfit", "biases only", 3.16e-2, 0.0),
-    "head": ("baselines.head", "the task head only", 1e-2, 0.0),
+    "head": ("baselines.head", "the task head only", 3.16e-2, 0.0),
 }
 
 # With --backbone the rates above are far too high. method: (learning rate for a real checkpoint, where it is from). A paper's
