@@ -291,7 +291,8 @@ def of_option(rows, method, option, values, default):
 def said_of_P2(rows, found):
     """What rank does, and the ratio; whose ratio and decay these are, and what the decay costs; each once it is measured."""
     ratios = of_option(rows, "tlora_plus", "--ratio", ("1", "2", "4", "5", "8", "paper", "summed"), RATIO)
-    words = of_ranks(rows, found) + (ratios and f"Ratios of the matrices' rates {ratios}")
+    named = "Ratios of the matrices' rates, where `--lr` is A's, with paper and summed B's"
+    words = of_ranks(rows, found) + (ratios and f"{named} {ratios}")
     words += "TLoRA+ trains with the default ratio of 4 and its paper's weight decay of 0.1, at rates far above its paper's 1e-4."
     gain = differences(rows, "tlora_plus-no-decay", "tlora_plus")
     if len(gain) < len(sweep.FRESH):
