@@ -906,6 +906,28 @@ def test_Eq_2_an_SGD_step_on_B_moves_W_by_eta_s_squared_G_AtA():
     assert not torch.allclose(P @ Q, expected / 2.5, atol=1e-3)  # Eq. 2 as printed
 
 
+@pytest.mark.parametrize("times", [0.25, 4.0])
+def test_the_scale_and_AdamWs_rate_are_one_setting(times):
+    """docs/claims.md: `times` the scale with the rate divided by it is the same run, as long as nothing clips the gradient."""
+
+    def trained(alpha, lr):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(12, 9)).double(), torch.randn(32, 12, dtype=torch.float64)
+        y = torch.randn(32, 9, dtype=torch.float64)
+        inject(model, ["0"], rank=3, alpha=alpha)
+        optimizer = torch.optim.AdamW(param_groups(model, lr=lr, weight_decay=0.0), eps=1e-30)
+        for _ in range(20):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+        return torch.matmul(*model[0].factors())
+
+    here, there, other = trained(6.0, 0.01), trained(6.0 * times, 0.01 / times), trained(6.0 * times, 0.01)
+    error = (here - there).abs().max().item()
+    print(f"largest difference {error:.1e}, of the scale alone {(here - other).abs().max():.1e}")
+    assert error < 1e-12 and (here - other).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("r", [1, 3])
 def test_Eq_8_is_the_least_squares_error_with_A_frozen(r):
     W, X, C, D = random_problem()
