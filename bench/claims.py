@@ -281,10 +281,10 @@ def of_option(rows, method, option, values, default):
             each.append(f"{means[k]:.1f} with {value} (at {sweep.rate(k):g})")
     if len(each) < 2:
         return ""
-    lora = max(means_by_rate(rows)["lora"].values())
+    beside = "" if method == "lora" else f"; LoRA {max(means_by_rate(rows)['lora'].values()):.1f}"
     return (
-        f"(`{option}`), each at the one `--lr` found for it: {', '.join(each)}; LoRA {lora:.1f} (means of the five tasks in the "
-        "search for rates, development split, seeds 100 and 101).\n\n"
+        f"(`{option}`), each at the one `--lr` found for it: {', '.join(each)}{beside} (means of the five tasks in the search "
+        "for rates, development split, seeds 100 and 101).\n\n"
     )
 
 
@@ -342,8 +342,9 @@ def said_of_A1(rows, found):
     on_math, others = (paired(differences(rows, "triadapt", "nonlinear", tasks=t)) for t in (["math"], sweep.TASKS[:-1]))
     searched = sweep.table(rows, "rates", ["--mode", "nonlinear"]).get(("triadapt", "math"))
     own = f"; searched for on math alone, nonlinear's best is {sweep.rate(sweep.best(searched)[0]):g} there" if searched else ""
-    alphas = of_option(rows, "triadapt", "--alpha", ("4", "16", "64"), "16")
-    return (alphas and f"TriAdaptLoRA's scale {alphas}") + (
+    scales = {name: of_option(rows, method, "--alpha", ("4", "16", "64"), "16")
+              for method, name in (("triadapt", "TriAdaptLoRA"), ("lora", "LoRA"))}  # fmt: skip
+    return "".join(f"{name}'s scale {said}" for name, said in scales.items() if said) + (
         f"Linear and nonlinear growth are {on_math[0]:+.1f} ± {on_math[1]:.1f} points apart on math and {others[0]:+.1f} ± "
         f"{others[1]:.1f} on the other four. All three modes train at {METHODS['triadapt'][2]:g}, chosen for linear{own}."
     )
