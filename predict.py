@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 from harness import folder, generation, metrics
 from harness.run import Run, positions
-from harness.settings import CLOSED, Parser, count, forget, in_words, number
+from harness.settings import CLOSED, Parser, count, drop_output, in_words, number
 from reading import files
 
 
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError) as e:
         print(f"predict.py: error: {in_words(e)}", file=sys.stderr)
-        forget(e)
+        drop_output(e)
         return 2
     return 0
 

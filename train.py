@@ -28,7 +28,7 @@ import data
 import model as modelling
 from harness import backbones, exports, figures, folder, parallel, report, sealed
 from harness.run import Run, choose_device, to_device
-from harness.settings import default_rate, forget, in_words, parse
+from harness.settings import default_rate, drop_output, in_words, parse
 from harness.stop import Stop, Stopped
 from tlora import cosine_similarity
 
@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         except (ValueError, OSError) as e:
             print(f"train.py: error: {in_words(e)}", file=sys.stderr)
-            forget(e)
+            drop_output(e)
             return 2
     return 0
 

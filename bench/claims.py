@@ -100,8 +100,8 @@ CLAIMS = {
     ),
 }  # fmt: skip
 
-# Beside the claims: every method from LoRA, TLoRA without its dropout too, and those with fewer trained numbers from the LoRA
-# that has about as many.
+# Beside the claims: every method from LoRA, a few with other flags, and those with fewer trained numbers from the LoRA that has
+# about as many.
 BESIDE = [(name, "lora", 0.0) for name in METHODS if name not in ("lora", "head")]  # the head alone answers no question in words
 FURTHER = [("tlora-plain", "lora", 0.0), ("tlora_plus-no-decay", "lora", 0.0), ("triadapt-scaled", "triadapt", 0.0)]
 FURTHER += [(name, "lora-r3", 0.0) for name in ("tlora", "task_tlora")]

@@ -337,7 +337,7 @@ def in_words(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def forget(error: Exception) -> None:
+def drop_output(error: Exception) -> None:
     """After standard output failed: what waits in its buffer goes nowhere, or Python would try again at its end, and say so."""
     if isinstance(error, OSError) and error.strerror and not error.filename:
         with contextlib.suppress(ValueError):  # it has no number: not a file
