@@ -46,7 +46,9 @@ class TLoRAPlusLinear(nn.Module):
             # LeCun: A ~ N(0, 1/n), B ~ N(0, 1/r2), C ~ N(0, 1/r1), so that A x, B A x and C B A x are as
             # large as x. The text does not say how dW starts at zero; B = 0 does it, as in TLoRA.
             matrix = torch.zeros(shape, **like)
-            if letter != "B" or init_b == "lecun":
+            if letter == "B" and init_b == "identity":
+                nn.init.eye_(matrix)
+            elif letter != {"zero": "B", "identity": "C"}.get(init_b):
                 nn.init.normal_(matrix, std=shape[1] ** -0.5)
             if letter.lower() in train:
                 self.register_parameter(letter, nn.Parameter(matrix))
@@ -194,7 +196,7 @@ def inject(
     rank1: int = 0,
     rank2: int = 0,
     train: Literal["abc", "ab", "bc", "b"] = "abc",
-    init_b: Literal["zero", "lecun"] = "zero",
+    init_b: Literal["zero", "lecun", "identity"] = "zero",
     ratio: str = "4",
 ) -> list[str]:
     """Freeze `model` and wrap every nn.Linear whose dotted name ends in one of `targets`.
@@ -210,7 +212,7 @@ def inject(
         rank2: rank r2 of B (r1, r2) and A (r2, n); 0 means rank
         train: the matrices to train; the others stay as they were drawn
         init_b: B's start; zero leaves the model's function as it is, lecun (the derivation's N(0, 1/r2))
-            changes it before the first step
+            changes it before the first step, identity is LoRA's start (B = I and C zero instead)
         ratio: learning rates of A, B and C: a number lambda makes them 1, lambda^1.5 and lambda^0.5 times
             the run's (4 to 8 is the paper's advice, 1 is plain AdamW); paper and summed give B the run's
             and derive A's and C's from each layer's shape
@@ -228,6 +230,8 @@ def inject(
         allowed = get_args(inject.__annotations__[option])
         if value not in allowed:
             raise ValueError(f"{option} '{value}' is not one of {', '.join(allowed)}")
+    if init_b == "identity" and "c" not in train:
+        raise ValueError(f"init_b identity starts C at zero, so C has to be trained, and train is '{train}'")
     ratio = parse_ratio(ratio)
     model.requires_grad_(False)
     for name, linear in linears.items():

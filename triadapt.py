@@ -90,6 +90,9 @@ class TriAdaptLinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(m, rank, **like))
         self.L = nn.Parameter(STD * torch.randn(rank * (rank + 1) // 2, **like))
         self.U = nn.Parameter(STD * torch.randn(rank * (rank + 1) // 2, **like))
+        if growth.get("start") == "identity":
+            half_identity_(self.L, 0, rank)
+            half_identity_(self.U, 0, rank)
         # preserve=True multiplies the old D at each growth; this is the product of those factors.
         self.register_buffer("rescale", torch.ones((), dtype=torch.float32, device=base.weight.device))
         # The second term of Eq. 11: the normalised norm at the event before.
@@ -167,6 +170,9 @@ class TriAdaptLinear(nn.Module):
         border = sum(range(r + 1, r + added + 1))
         L_new = STD * torch.randn(border).to(self.L)
         U_new = STD * torch.randn(border).to(self.U)
+        if self.growth.get("start") == "identity":  # older files have no such setting
+            half_identity_(L_new, r, added)
+            half_identity_(U_new, r, added)
         if self.growth["preserve"]:
             # B_aug = 0 and U_up = 0 add nothing to B D A, and D * factor undoes alpha's new divisor.
             B_aug.zero_()
@@ -218,6 +224,13 @@ def lower(packed: torch.Tensor, rank: int) -> torch.Tensor:
     """The lower triangular (rank, rank) matrix whose rows stand one after the other in `packed`."""
     i, j = torch.tril_indices(rank, rank, device=packed.device)
     return packed.new_zeros(rank, rank).index_put((i, j), packed)
+
+
+@torch.no_grad()
+def half_identity_(packed: torch.Tensor, r: int, added: int) -> None:
+    """Turn packed rows r to r + added - 1 of a triangle into those of I / 2: with both, L + U = I."""
+    diagonal = [i * (i + 3) // 2 - r * (r + 1) // 2 for i in range(r, r + added)]
+    packed.zero_()[diagonal] = 0.5
 
 
 def orthogonality(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -335,6 +348,7 @@ def inject(
     mode: Literal["linear", "nonlinear", "fixed"] = "linear",
     fixed_k: int = 4,
     normalise: Literal["r", "sqrt", "none"] = "r",
+    start: Literal["gaussian", "identity"] = "gaussian",
     preserve: bool = False,
     orth: float = 0.1,
     orth_form: Literal["sum", "mean"] = "sum",
@@ -356,6 +370,7 @@ def inject(
         mode: how many layers grow (Eq. 13, Eq. 14, or always fixed_k)
         fixed_k: layers that grow per event with mode fixed
         normalise: what the importance divides ||L + U|| by (Table III)
+        start: what L and U hold before they are trained, at growth too: Gaussian entries, or L + U = I
         preserve: growth leaves the function as it was (the paper's does not)
         orth: coefficient of the orthogonality penalty, 0 turns it off
         orth_form: sum over layers of squared norms (Eq. 10 as printed), or the mean of

@@ -118,20 +118,21 @@ def tasks_of(method, tasks):
     return [task for task in tasks if method != "head" or data.TASKS[task].kind != "lm"]
 
 
-def on_all(found, method):
-    """{k: mean over its TASKS} of the rates that were tried on all of them, by the seeds of the half decades."""
-    every = [found.get((method, task), {}) for task in tasks_of(method, TASKS)]
+def on_all(found, method, tasks=TASKS, study="rates"):
+    """{k: mean over its tasks} of the rates that were tried on all of them, by the seeds of the half decades."""
+    every = [found.get((method, task), {}) for task in tasks_of(method, tasks)]
     ks = set.intersection(*({k for k, _ in scores} for scores in every))
-    runs = {k: [scores.get((k, seed)) for scores in every for seed in SEEDS["rates"][0]] for k in sorted(ks)}
+    runs = {k: [scores.get((k, seed)) for scores in every for seed in SEEDS[study][0]] for k in sorted(ks)}
     return {k: statistics.mean(values) for k, values in runs.items() if None not in values}
 
 
-def asked_of_all(found, method):
-    """What lacks to choose one rate for all tasks, [(task, (k, seed))]: the quarter decades beside the best mean so far."""
-    if not (means := on_all(found, method)):
+def asked_of_all(found, method, tasks=TASKS, study="rates"):
+    """What lacks to choose one rate for all tasks, [(task, (k, seed))]: the quarter decades beside the best mean so far (real
+    encoder: the half decades)."""
+    if not (means := on_all(found, method, tasks, study)):
         return []
-    best = max(means, key=means.get)
-    wanted = itertools.product(tasks_of(method, TASKS), itertools.product((best - 1, best + 1), SEEDS["rates"][0]))
+    best, step = max(means, key=means.get), 1 if study == "rates" else 2
+    wanted = itertools.product(tasks_of(method, tasks), itertools.product((best - step, best + step), SEEDS[study][0]))
     return [(task, run) for task, run in wanted if run not in found[method, task]]
 
 
@@ -159,7 +160,8 @@ def plan(rows, args):
     found, runs = table(rows, study, args.flags if study == "rates" else None), []
     done = set(map(key, rows))
     for i, method in enumerate(args.methods):
-        for_all = asked_of_all(found, method) if study == "rates" else []
+        of_all = {"rates": TASKS, "encoder": args.tasks}.get(study)
+        for_all = asked_of_all(found, method, of_all, study) if of_all else []
         for task in tasks_of(method, args.tasks):
             have = found.get((method, task), {})
             if study == "head":
@@ -423,29 +425,34 @@ def options(rows):
     return "\n".join(lines) if lines[2:] else "None yet."
 
 
+def on_encoder(rows):
+    """{(method, task): (k of the best rate, whether it is the last tried, {seed: score there})} of the real encoder, of the
+    seeds that chose nothing, or where none is there yet of the one that chose."""
+    found = {}
+    for pair, scores in table(rows, "encoder").items():
+        chosen = {k: value for (k, seed), value in scores.items() if seed == 100}
+        k = max(chosen, key=chosen.get)
+        fresh = {seed: value for (other, seed), value in scores.items() if other == k and seed != 100}
+        found[pair] = k, k in (min(chosen), max(chosen)), fresh or {100: chosen[k]}
+    return found
+
+
 def encoder(rows):
-    """The table of the real encoder: the best rate, and the scores at it on the seeds that chose nothing."""
-    found = table(rows, "encoder")
-    tasks = list(dict.fromkeys(task for _, task in found))
+    """The table of the real encoder."""
+    found = on_encoder(rows)
+    tasks = [task for task in ALL_TASKS if any(task == of for _, of in found)]
     heads = " | ".join(f"{task} ({headline(task)}): best rate, scores there" for task in tasks)
-    lines = [f"| method | {heads} |", "|---|" + "--:|" * len(tasks)]
+    lines = [f"| method | {heads} | on |", "|---|" + "--:|" * len(tasks) + "---|"]
     for method in [m for m in METHODS if any(method == m for method, _ in found)]:
         cells = []
         for task in tasks:
-            scores = found.get((method, task), {})
-            chosen = {k: value for (k, seed), value in scores.items() if seed == 100}
-            if not chosen:
-                cells.append("–")
-                continue
-            k = max(chosen, key=chosen.get)
-            fresh = [value for (other, seed), value in scores.items() if other == k and seed != 100]
-            spread = f" ± {statistics.stdev(fresh):.1f}" if len(fresh) > 1 else ""
-            shown = f"{chosen[k]:.1f} (the seed that chose)"
-            if fresh:
-                shown = f"{statistics.mean(fresh):.1f}{spread} ({len(fresh)} seeds)"
-            edge = "" if min(chosen) < k < max(chosen) else ", edge"
-            cells.append(f"{rate(k):g}{edge}: {shown}")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            k, edge, by_seed = found.get((method, task), (None, False, {}))
+            values = by_seed.values()
+            shown = f" ± {statistics.stdev(values):.1f} ({len(values)} seeds)" if len(values) > 1 else " (one seed)"
+            cells.append(f"{rate(k):g}{' (edge)' * edge}: {statistics.mean(values):.1f}{shown}" if values else "–")
+        mine = [row for row in rows if (row["study"], row["method"]) == ("encoder", method)]
+        machines = ", ".join(dict.fromkeys(row["hardware"].split(",")[0] for row in mine))
+        lines.append(f"| {method} | {' | '.join(cells)} | {machines} |")
     return "\n".join(lines)
 
 
@@ -475,8 +482,8 @@ it goes on where it stopped.
 
 `python bench/sweep.py rates`: mean ± standard deviation of the development metric after the last epoch, in points of 100, at the
 best rate. Half decades on seeds 100 and 101 until the best is inside the grid, then quarter decades beside it on seeds 100 to
-102. Until two rates have those three seeds, those with two are compared on the seeds that they share, before that all, so a
-best may rest on one. In brackets its seeds so far; "edge": the best is the last that was tried.
+102. In brackets the best rate's seeds so far: once two rates of a task have three (or two) seeds, only those compete, on the
+seeds that they share. "(edge)" stands where the best is the last that was tried.
 
 {generated(rows)}
 
@@ -508,7 +515,8 @@ What twenty steps say of a method's best rate if LoRA's is known: [trial.md](tri
 ## A real encoder
 
 `python bench/sweep.py encoder --backbone DIR --data GLUE` on all-MiniLM-L6-v2, GLUE's own files (of SST-2 the first 3,000 rows),
-six epochs, bf16 on an NVIDIA H200 with `--flags --fast`: half decades on seed 100, then seeds 0 to 4 at the best.
+six epochs, bf16 with `--flags --fast`, and `--precision bf16` on a CPU: half decades on seed 100, then seeds 0 to 4 at the best.
+The development split, whose rows chose the rate too: GLUE keeps the answers of its test split.
 
 {encoder(rows)}
 """

@@ -115,13 +115,15 @@ def costs(rows):
 
 
 def verdicts(rows):
-    """What the tasks and bases were made to show, each with the tasks that miss it; those not run count as missed."""
+    """What the tasks and bases were made to show, each with the tasks that miss it or were not run."""
 
     def judge(text, methods, holds, wanted):
         missed = []
         for task in TASKS:
             found = [scores(rows, name, task) for name in methods]
-            if min(map(len, found)) < 3 or not holds(*found):
+            if min(map(len, found)) < 3:
+                missed.append(f"{task} (not run)")
+            elif not holds(*found):
                 missed.append(task)
         held = len(TASKS) - len(missed)
         return f"- {text}: {held} of {len(TASKS)}, wanted {wanted}" + (f" (not: {', '.join(missed)})" if missed else "")

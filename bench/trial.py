@@ -168,7 +168,8 @@ Made by `python bench/trial.py --write` from the rows of `bench/trial.jsonl` and
 Twenty steps of AdamW at a constant rate, from the same start for each half decade between 1e-4 and 1e-1, the task head left as
 it was drawn. How far have the features moved that the head reads (`math`: the logits), as a share of their size? **The rule: a
 method's rate is the half decade that moves them as far as LoRA's best rate on that task does.** It takes
-{STEPS * len(GRID)} steps of each method and no score but LoRA's.
+{STEPS * len(GRID)} steps of each method and no score but LoRA's. It loses {"fewer" if by_rule < by_lora else "no fewer"} points
+than LoRA's rate would, and {"fewer" if by_rule < by_own else "more"} than the method's own best on other tasks, if that is known.
 
 At the best rate, which is between {min(bests):g} and {max(bests):g}, that share is larger on squad and math than on the others;
 median and range: {", ".join(usual)}.
@@ -182,8 +183,7 @@ At the rule's rate a run ends {statistics.median(points):.1f} points below the m
 pairs where that rate was tried; in the mean of the {len(losses)} where all three were tried, {by_rule:.1f} points with the rule,
 {by_lora:.1f} with LoRA's best for all, {by_own:.1f} with the method's own best on its other tasks. The rule's worst are
 {", ".join(f"{pair} ({worst:.1f})" for worst, pair in lost[:4])}.
-The sweep is not finished: {edges} of the {len(every)} best rates are the last of those tried between 1e-4 and 1e-1,
-and all rest on one seed.
+All rest on one seed. Best rates at an end of 1e-4 to 1e-1, beyond which the rule does not look: {edges} of {len(every)}.
 
 {table(every)}
 """

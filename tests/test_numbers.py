@@ -18,7 +18,7 @@ import speed  # noqa: E402
 import sweep  # noqa: E402
 
 import model  # noqa: E402
-from harness.methods import METHODS  # noqa: E402
+from harness.methods import BACKBONE_RATES, CHOSEN, METHODS  # noqa: E402
 
 
 def read(*path):
@@ -65,6 +65,16 @@ def test_the_defaults_have_the_best_mean_over_the_five_tasks():
     for method in METHODS:
         assert means[method] and not sweep.asked_of_all(found, method), method  # the search is over
         assert METHODS[method][2] == sweep.rate(max(means[method], key=means[method].get)), method
+
+
+def test_the_rates_for_real_checkpoints_have_the_best_mean_over_the_real_encoders_tasks():
+    found = sweep.table(sweep.read(sweep.ROWS), "encoder")
+    asked = {"tasks": ["cola", "sst2"], "study": "encoder"}
+    for method in {method for method, _ in found}:
+        means = sweep.on_all(found, method, **asked)
+        assert means and not sweep.asked_of_all(found, method, **asked), method  # the search is over
+        assert BACKBONE_RATES[method] == (float(f"{sweep.rate(max(means, key=means.get)):.0e}"), CHOSEN), method
+    assert {method for method, (_, source) in BACKBONE_RATES.items() if source == CHOSEN} == {method for method, _ in found}
 
 
 def test_what_words_alone_tell_is_what_the_bench_found():

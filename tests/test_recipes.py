@@ -52,6 +52,7 @@ def triadapt(task):
         "options": {
             "rank": 1, "rank_ref": 8, "alpha": alpha, "dropout": dropout, "delta": delta, "interval": interval, "t0": None,
             "mode": "linear", "orth": orth, "orth_form": "mean", "normalise": "r", "preserve": False,
+            "start": "gaussian",
         },
     }  # fmt: skip
 

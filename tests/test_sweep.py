@@ -36,6 +36,26 @@ def test_on_the_encoder_one_seed_chooses_and_five_others_are_run_at_the_best():
     assert order == [(-12, 100), (-14, 100), (-10, 100), (-16, 100), *[(-14, seed) for seed in range(5)]]
 
 
+def test_the_real_encoders_table_has_the_fresh_seeds_at_the_best_rate_and_where_they_ran():
+    def row(method, task, k, seed, score, hardware):
+        dev = {sweep.headline(task): score / 100}
+        return {"study": "encoder", "method": method, "task": task, "k": k, "seed": seed, "flags": [], "dev": dev,
+                "hardware": hardware}  # fmt: skip
+
+    made = [row("lora", "cola", k, 100, score, "A GPU") for k, score in ((-14, 30.0), (-12, 20.0), (-16, 10.0))]
+    made += [row("lora", "cola", -14, seed, score, "A CPU, 1 thread") for seed, score in ((0, 22.0), (1, 24.0), (2, 26.0))]
+    made += [row("lora", "cola", -12, 0, 99.0, "A CPU, 1 thread")]
+    made += [row("tlora", "cola", k, 100, 10.0 + k, "A GPU") for k in (-10, -8)]
+    made += [row("tlora", "sst2", -10, 100, 80.0, "A GPU")]
+    found = sweep.on_encoder(made)
+    assert found["lora", "cola"] == (-14, False, {0: 22.0, 1: 24.0, 2: 26.0})
+    assert found["tlora", "cola"] == (-8, True, {100: 2.0})
+    assert sweep.encoder(made).splitlines()[2:] == [
+        "| tlora | 0.01 (edge): 2.0 (one seed) | 0.00316 (edge): 80.0 (one seed) | A GPU |",
+        "| lora | 0.000316: 24.0 ± 2.0 (3 seeds) | – | A GPU, A CPU |",
+    ]
+
+
 def test_a_best_at_the_end_of_the_scale_ends_the_search():
     order, _ = carried_out(99, -4, "rates")
     assert max(k for k, _ in order) == 0

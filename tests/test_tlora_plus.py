@@ -78,13 +78,23 @@ def test_factors_multiply_to_the_update():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_output_at_the_start_is_the_base_layers_to_the_bit_unless_init_is_lecun(dtype):
-    for init in ("zero", "lecun"):
+    for init in ("zero", "lecun", "identity"):
         model = nn.Sequential(nn.Linear(12, 7, dtype=dtype))
         x = torch.randn(50, 12, dtype=dtype)
         before = model(x)
         inject(model, ["0"], rank=4, init_b=init)
-        assert model[0].A.abs().min() > 0 and model[0].C.abs().min() > 0
-        assert torch.equal(model(x), before) == (init == "zero")
+        assert model[0].A.abs().min() > 0 and (model[0].C.abs().min() > 0) == (init != "identity")
+        assert torch.equal(model(x), before) == (init != "lecun")
+
+
+def test_an_identity_start_is_loras_and_its_first_gradient_is_that_of_C_alone():
+    layer = adapted(7, 12, 3, 3, init_b="identity")[0]
+    assert layer.B.tolist() == torch.eye(3).tolist() and not layer.C.any()
+    x = torch.randn(20, 12, dtype=torch.float64)
+    layer(x).square().sum().backward()
+    assert not layer.A.grad.any() and not layer.B.grad.any() and layer.C.grad.abs().min() > 0
+    assert torch.equal(layer.A, adapted(7, 12, 3, 3, init_b="zero")[0].A), "drawn as for the other starts"
+    assert adapted(7, 12, 3, 5, init_b="identity")[0].B.sum() == 3, "ones on the diagonal of any shape"
 
 
 @pytest.mark.parametrize("train", ["abc", "b"])
@@ -450,7 +460,8 @@ def test_ratio_is_read_from_text_or_number():
         (["0"], {"rank": 2, "rank1": 7}, r"rank 7 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
         (["0"], {"rank": 2, "rank2": -1}, r"rank -1 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
         (["0"], {"rank": 2, "train": "ac"}, "train 'ac' is not one of abc, ab, bc, b"),
-        (["0"], {"rank": 2, "init_b": "ones"}, "init_b 'ones' is not one of zero, lecun"),
+        (["0"], {"rank": 2, "init_b": "ones"}, "init_b 'ones' is not one of zero, lecun, identity"),
+        (["0"], {"rank": 2, "train": "ab", "init_b": "identity"}, "so C has to be trained, and train is 'ab'"),
         (["0"], {"rank": 2, "ratio": "loud"}, "ratio 'loud' is not one of paper, summed or a number above 0"),
         (["query"], {"rank": 2}, "target 'query' matches no nn.Linear"),
     ],

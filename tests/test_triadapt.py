@@ -103,6 +103,29 @@ def test_starts_with_b_zero_and_gaussian_a_l_u(rank):
         assert abs(p.mean().item()) < 5 * STD / math.sqrt(p.numel())
 
 
+@pytest.mark.parametrize("r,added", [(1, 1), (1, 4), (3, 2)])
+def test_with_an_identity_start_l_plus_u_is_i_where_nothing_is_trained_yet(r, added):
+    model, layer = adapted(rank=r, trained=False, start="identity")
+    assert layer.D.tolist() == torch.eye(r).tolist() and layer.A.std() > 0 and not layer.B.any()
+    assert layer.L.requires_grad and layer.L.dtype == layer.A.dtype
+    with torch.no_grad():
+        layer.L.normal_()
+        layer.B.normal_()
+    L, U = dense(layer)
+    layer.grow(added)
+    L2, U2 = dense(layer)
+    grown = torch.eye(r + added, dtype=L.dtype) / 2  # half of I each, but for what was there
+    grown[:r, :r] = L
+    assert torch.equal(L2, grown) and torch.equal(U2, torch.eye(r + added, dtype=L.dtype) / 2)
+    assert layer.B[:, r:].std() > 0 and layer.A[r:].std() > 0
+    x = torch.randn(9, 7, dtype=torch.float64)
+    assert (model(x) - layer.base(x)).abs().max() > 0.01
+    old = adapted(rank=2, trained=False)[1]  # a file of before this setting has growth without it
+    del old.growth["start"]
+    old.grow(1)
+    assert (old.L != 0).all()
+
+
 def test_trained_numbers_are_r_m_plus_n_plus_r_r_plus_1():
     for m, n, r in [(5, 7, 1), (5, 7, 4), (8, 3, 2), (6, 6, 6)]:
         model, _ = adapted(rank=r, m=m, n=n)
@@ -961,6 +984,7 @@ def test_a_grown_layer_loads_into_a_fresh_one():
         ({"rank": 3, "rank_ref": 2}, "rank_ref 2 is below the start rank 3"),
         ({"mode": "cubic"}, "mode 'cubic' is not one of linear, nonlinear, fixed"),
         ({"normalise": "x"}, "normalise 'x' is not one of r, sqrt, none"),
+        ({"start": "zero"}, "start 'zero' is not one of gaussian, identity"),
         ({"orth_form": "x"}, "orth_form 'x' is not one of sum, mean"),
         ({"mode": None}, "mode 'None' is not one of linear, nonlinear, fixed"),
         ({"delta": 0}, "delta 0 is below 1"),
@@ -1004,7 +1028,7 @@ def test_the_least_of_each_option_is_allowed_and_the_defaults_are_those_of_the_d
     inject(model, "0")
     assert model[0].growth == {
         "rank_ref": 8, "delta": 4, "interval": 50, "t0": 50, "mode": "linear", "fixed_k": 4,
-        "normalise": "r", "preserve": False, "orth": 0.1, "orth_form": "sum",
+        "normalise": "r", "start": "gaussian", "preserve": False, "orth": 0.1, "orth_form": "sum",
     }  # fmt: skip
     assert (model[0].rank, model[0].alpha, model[0].dropout) == (1, 16.0, 0.0)
     described = re.findall(r"^ {8}(\w+): ", inspect.getdoc(inject).replace("\n    ", "\n        "), re.M)
