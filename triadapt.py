@@ -90,7 +90,7 @@ class TriAdaptLinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(m, rank, **like))
         self.L = nn.Parameter(STD * torch.randn(rank * (rank + 1) // 2, **like))
         self.U = nn.Parameter(STD * torch.randn(rank * (rank + 1) // 2, **like))
-        if growth.get("start") == "identity":
+        if growth.get("start") == "identity":  # older files have no such setting
             half_identity_(self.L, 0, rank)
             half_identity_(self.U, 0, rank)
         # preserve=True multiplies the old D at each growth; this is the product of those factors.
@@ -170,7 +170,7 @@ class TriAdaptLinear(nn.Module):
         border = sum(range(r + 1, r + added + 1))
         L_new = STD * torch.randn(border).to(self.L)
         U_new = STD * torch.randn(border).to(self.U)
-        if self.growth.get("start") == "identity":  # older files have no such setting
+        if self.growth.get("start") == "identity":
             half_identity_(L_new, r, added)
             half_identity_(U_new, r, added)
         if self.growth["preserve"]:

@@ -43,6 +43,7 @@ CONTESTANTS = {
     "lora-r3": ("lora", ["--rank", "3"]),
     "task_tlora-scaled": ("task_tlora", ["--alpha", "64", "--lr", "0.000445"]),  # four times its scale, a quarter of its rate
     "triadapt-scaled": ("triadapt", ["--alpha", "64", "--lr", "0.00562"]),  # four times its scale, at its best rate for that
+    "lora-scaled": ("lora", ["--alpha", "64", "--lr", "0.00178"]),  # likewise
     "tlora_plus-no-decay": ("tlora_plus", ["--weight-decay", "0"]),
     "nonlinear": ("triadapt", ["--mode", "nonlinear"]),
     "fixed-k": ("triadapt", ["--mode", "fixed"]),
@@ -104,6 +105,7 @@ CLAIMS = {
 # about as many.
 BESIDE = [(name, "lora", 0.0) for name in METHODS if name not in ("lora", "head")]  # the head alone answers no question in words
 FURTHER = [("tlora-plain", "lora", 0.0), ("tlora_plus-no-decay", "lora", 0.0), ("triadapt-scaled", "triadapt", 0.0)]
+FURTHER += [("lora-scaled", "lora", 0.0), ("triadapt-scaled", "lora-scaled", 0.0)]
 FURTHER += [(name, "lora-r3", 0.0) for name in ("tlora", "tlora-plain", "task_tlora")] + [("tlora_plus-r32", "lora", 0.0)]
 
 
@@ -341,11 +343,12 @@ def said_of_A1(rows, found):
     on_math, others = (paired(differences(rows, "triadapt", "nonlinear", tasks=t)) for t in (["math"], sweep.TASKS[:-1]))
     searched = sweep.table(rows, "rates", ["--mode", "nonlinear"]).get(("triadapt", "math"))
     own = f"; searched for on math alone, nonlinear's best is {sweep.rate(sweep.best(searched)[0]):g} there" if searched else ""
-    scales = {name: of_option(rows, method, "--alpha", ("4", "16", "64"), "16")
-              for method, name in (("triadapt", "TriAdaptLoRA"), ("lora", "LoRA"))}  # fmt: skip
-    fresh = found["triadapt-scaled", "triadapt", 0.0]
-    moved = f"On the fresh seeds TriAdaptLoRA with 64 is {fresh[0]:+.1f} ± {fresh[1]:.1f} points from 16.\n\n" if fresh else ""
-    words = "".join(f"{name}'s scale {said}" for name, said in scales.items() if said) + moved
+    names = (("triadapt", "TriAdaptLoRA"), ("lora", "LoRA"))
+    scales = {name: of_option(rows, method, "--alpha", ("4", "16", "64"), "16") for method, name in names}
+    words = "".join(f"{name}'s scale {said}" for name, said in scales.items() if said)
+    fresh = {name: found[f"{method}-scaled", method, 0.0] for method, name in names}
+    moved = ", ".join(f"{name} {value[0]:+.1f} ± {value[1]:.1f}" for name, value in fresh.items() if value)
+    words += f"On the fresh seeds, points of 64 from 16: {moved}.\n\n" if moved else ""
     return words + (
         f"Linear and nonlinear growth are {on_math[0]:+.1f} ± {on_math[1]:.1f} points apart on math and {others[0]:+.1f} ± "
         f"{others[1]:.1f} on the other four. All three modes train at {METHODS['triadapt'][2]:g}, chosen for linear{own}."
@@ -516,9 +519,8 @@ docstring of [bench/claims.py](../bench/claims.py).
 ## Every method from LoRA
 
 `python bench/sweep.py compare`. tlora-plain is TLoRA without its dropout of 0.5 (`--methods tlora --flags {" ".join(PLAIN)}`),
-at its own rate; tlora_plus-no-decay has `--flags --weight-decay 0`, triadapt-scaled `--flags --alpha 64 --lr 0.00562`. LoRA of
-rank 3 has the trained numbers nearest to TLoRA's
-and to Task-aware TLoRA's:
+at its own rate; tlora_plus-no-decay has `--flags --weight-decay 0`, triadapt-scaled `--flags --alpha 64 --lr 0.00562`,
+lora-scaled `--flags --alpha 64 --lr 0.00178`. LoRA of rank 3 has the trained numbers nearest to TLoRA's and Task-aware TLoRA's:
 `python bench/sweep.py compare --methods lora --flags --rank 3`. The same epochs for all.
 
 {beside(rows, found)}

@@ -197,6 +197,7 @@ def test_the_table_of_all_methods_best_first_each_once():
         "tlora-plain",
         "tlora_plus-no-decay",
         "tlora_plus-r32",
+        "lora-scaled",
     }
     assert lines[0].startswith("| tlora_plus | lora | 0.30 | +10.00 | ± 0.0")
     assert lines[0].endswith("| < 0.0001 | above |" + " +10.0 |" * 5) and lines[2].endswith("| below |" + " -10.0 |" * 5)
