@@ -48,7 +48,7 @@ class TLoRAPlusLinear(nn.Module):
             matrix = torch.zeros(shape, **like)
             if letter == "B" and init_b == "identity":
                 nn.init.eye_(matrix)
-            elif letter != {"zero": "B", "identity": "C"}.get(init_b):
+            elif letter != {"zero": "B", "identity": "C"}.get(init_b):  # which stays zero
                 nn.init.normal_(matrix, std=shape[1] ** -0.5)
             if letter.lower() in train:
                 self.register_parameter(letter, nn.Parameter(matrix))

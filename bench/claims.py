@@ -213,7 +213,7 @@ def readme(rows):
     return (
         f"points from LoRA ± 95 % (in brackets without `math`): {', '.join(each.values())}, without its dropout "
         f"{both('tlora-plain')}; Task-aware TLoRA with both at its paper's 3e-4 {shown('task_tlora-small', 'lora-small')}. "
-        f"GLUE's CoLA, all-MiniLM-L6-v2, Matthews: {', '.join(real)}"
+        f"GLUE's CoLA, all-MiniLM-L6-v2, Matthews, own rates: {', '.join(real)}"
     )
 
 
@@ -378,15 +378,15 @@ def beside(rows, found):
     return "\n".join(lines)
 
 
-def fallen(rows, by=20):
-    """The fresh runs more than `by` points below the median that their contestant has on the task, in words."""
+def fallen(rows):
+    """The fresh runs more than 20 points below the median that their contestant has on the task, in words."""
     found = []
     for name in CONTESTANTS:
         for task in sweep.TASKS:
             mine = {seed: value for (seed, of), value in scores(rows, name).items() if of == task and seed in sweep.FRESH}
             middle = statistics.median(mine.values()) if mine else 0.0
             found += [f"{name} on {task}, seed {seed}: {value:.1f} of {middle:.1f}"
-                      for seed, value in mine.items() if value < middle - by]  # fmt: skip
+                      for seed, value in mine.items() if value < middle - 20]  # fmt: skip
     return "; ".join(found) or "none"
 
 
