@@ -2,7 +2,7 @@
 
     python bench/claims.py T2 --jobs 2     # makes the runs that are missing (hours), then says what they show
     python bench/claims.py T2 --show       # what the kept rows show
-    python bench/claims.py pages           # docs/claims.md, from the rows of bench/sweep.jsonl alone
+    python bench/claims.py pages           # docs/claims.md and README's table, from the rows of bench/sweep.jsonl alone
 
 A method trains at the one rate chosen for it (train.py's default, docs/rates.md), a variant of it (another rank, another mode)
 at the same rate, where no other stands. Seeds 0 to 7, on which no rate was chosen; the score is the test split's. Contestants
@@ -17,14 +17,17 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import sweep
+import table
 
 from harness.methods import METHODS
 
 PAGE = os.path.join(sweep.ROOT, "docs", "claims.md")
+MARKS = ("<!-- made by bench/claims.py -->", "<!-- until here -->")  # in README
 LEVEL = 0.01
 RATIO, B_TIMES = "4", 8  # TLoRA+'s default ratio, and with it the rate of its B as a multiple of A's
 PLAIN = ["--dropout", "0", "--lr", "0.0562"]  # TLoRA without its dropout, at its best rate for all tasks (docs/rates.md)
@@ -51,6 +54,10 @@ CONTESTANTS = {
     **{f"{name}-long": (name, ["--epochs", "12"]) for name in ("lora", "triadapt", "tlora_plus", "task_tlora", "tlora")},
     "tlora-plain-long": ("tlora", [*PLAIN, "--epochs", "12"]),
 }  # fmt: skip
+
+# README's table: every method, variants behind their method.
+BEHIND = {"tlora": ["tlora-plain"], "tlora_plus": ["tlora_plus-r32"], "lora": ["lora-r3", "lora-r32"]}
+SHOWN = [name for method in METHODS for name in (method, *BEHIND.get(method, []))]
 
 # claim: (paper, its words, questions: (words, one, other, margin): is `one` more than `other` + margin?)
 CLAIMS = {
@@ -194,27 +201,56 @@ def verdict(mean, p):
     return "undecided" if p >= LEVEL else "holds" if mean > 0 else "does not hold here"
 
 
-def readme(rows):
-    """README's sentence on the four methods beside LoRA."""
-    four = {"triadapt": "TriAdaptLoRA", "tlora_plus": "TLoRA+", "task_tlora": "Task-aware TLoRA", "tlora": "TLoRA"}
+def summary(rows):
+    """README's table: of each contestant the mean ± standard deviation over the fresh seeds, distance from LoRA, trained."""
+    lines = ["|method|four tasks|math|from LoRA|trained|", "|---|--:|--:|--:|--:|"]
+    for name in SHOWN:
+        mine, tasks = scores(rows, name), sweep.tasks_of(name, sweep.TASKS)
+        four = [statistics.mean(mine[seed, task] for task in sweep.TASKS[:-1]) for seed in sweep.FRESH]
+        on_math = [mine[seed, "math"] for seed in sweep.FRESH if "math" in tasks]
+        distance = "–"
+        if name != "lora" and on_math:
+            mean, half, _ = paired(differences(rows, name, "lora"))
+            distance = f"{mean:+.1f}±{half:.1f}"
+        cells = table.cell(four), table.cell(on_math), distance, f"{numbers(rows, name, ['cola']):,.0f}"
+        lines.append(f"|{name}|{'|'.join(cells)}|")
+    return "\n".join(lines)
 
-    def shown(one, other, tasks=sweep.TASKS):
+
+def readme(rows):
+    """What README says below its table, in three sentences. tests/test_claims.py asks whether the words are true of the rows."""
+
+    def shown(one, other="lora", tasks=sweep.TASKS[:-1]):
         mean, half, _ = paired(differences(rows, one, other, tasks=tasks))
         return f"{mean:+.1f} ± {half:.1f}"
 
-    def both(one, other="lora"):
-        return f"{shown(one, other)} ({shown(one, other, sweep.TASKS[:-1])})"
-
-    each = {name: f"{words} {both(name)}" for name, words in four.items()}
     encoder = sweep.on_encoder(rows)
-    real = [f"{words} {statistics.mean(encoder[name, 'cola'][2].values()):.1f}"
-            for name, words in ({"lora": "LoRA"} | four).items() if (name, "cola") in encoder]  # fmt: skip
-    each["tlora_plus"] += f", both of rank 32 {both('tlora_plus-r32', 'lora-r32')}"
+    names = {
+        "LoRA": "lora",
+        "TriAdaptLoRA": "triadapt",
+        "TLoRA+": "tlora_plus",
+        "Task-aware TLoRA": "task_tlora",
+        "TLoRA": "tlora",
+    }
+    real = [f"{words} {statistics.mean(encoder[name, 'cola'][2].values()):.1f}" for words, name in names.items()]
     return (
-        f"points from LoRA ± 95 % (in brackets without `math`): {', '.join(each.values())}, without its dropout "
-        f"{both('tlora-plain')}; Task-aware TLoRA with both at its paper's 3e-4 {shown('task_tlora-small', 'lora-small')}. "
-        f"GLUE's CoLA, all-MiniLM-L6-v2, Matthews, own rates: {', '.join(real)}"
+        "None of the four is above LoRA: TriAdaptLoRA is level, TLoRA+ and Task-aware TLoRA lose most on `math` (without it "
+        f"{shown('tlora_plus')} and {shown('task_tlora')}), TLoRA everywhere, more than half of it by its dropout. A shared rate "
+        "turns this round: both at its paper's 3e-4, Task-aware TLoRA is "
+        f"{shown('task_tlora-small', 'lora-small', sweep.TASKS)} from LoRA. On GLUE's CoLA (all-MiniLM-L6-v2, Matthews, own "
+        f"rates) {', '.join(real)}."
     )
+
+
+def write_readme(rows):
+    """Put the table and the sentences where README has them."""
+    path = os.path.join(sweep.ROOT, "README.md")
+    with open(path, encoding="utf-8") as f:
+        before, rest = f.read().split(MARKS[0])
+    words = "\n".join(textwrap.wrap(readme(rows), 129, break_long_words=False, break_on_hyphens=False))
+    after = rest.split(MARKS[1])[1]
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(f"{before}{MARKS[0]}\n{summary(rows)}\n\n{words}\n{MARKS[1]}{after}")
 
 
 def shown(rows, found, one, other, margin):
@@ -356,11 +392,11 @@ def said_of_A1(rows, found):
     )
 
 
-def numbers(rows, name):
+def numbers(rows, name, tasks=sweep.TASKS):
     """The mean of the trained numbers of a contestant's runs, the head's too; None without runs."""
     method, flags = CONTESTANTS[name]
     mine = [row for row in rows if (row["study"], row["method"], row["flags"]) == ("compare", method, flags)]
-    found = [row["trained"] for row in mine if row["task"] in sweep.TASKS and row["trained"]]
+    found = [row["trained"] for row in mine if row["task"] in tasks and row["seed"] in sweep.FRESH and row["trained"]]
     return statistics.mean(found) if found else None
 
 
@@ -564,7 +600,7 @@ def main():
         picture(means_by_rate(sweep.valid(sweep.read(sweep.ROWS))))
         with open(PAGE, "w", encoding="utf-8") as f:
             f.write(page)
-        return
+        return write_readme(sweep.valid(sweep.read(sweep.ROWS)))
     if not args.show:
         args.rows, args.places, args.plan = sweep.ROWS, lambda task: [], lambda rows: wanted(rows, args.claim)
         sweep.work(args)

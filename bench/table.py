@@ -1,9 +1,9 @@
-"""Every method on every generated task, over seeds: the table of the README, and what the tasks were made to show.
+"""Every method on every generated task, over seeds: the table of all ten tasks, and what they were made to show.
 
     python bench/sweep.py compare --tasks all --seeds 0 1 2          # the runs: hours on two cores, go on another day
     python bench/sweep.py compare --methods lora --tasks all --seeds 0 1 2 --flags --rank 1
     python bench/table.py                                            # the table, from the rows kept
-    python bench/table.py --write                                    # bench/table.md, its pictures, README's table
+    python bench/table.py --write                                    # bench/table.md and its pictures
 
 Each run is `python train.py --method M --task T --seed S` with the defaults of that method and task. Of the rows in
 bench/sweep.jsonl the last of a method, task and seed counts; the table says how many of its runs are of earlier code or
@@ -29,7 +29,6 @@ TASKS = sweep.ALL_TASKS
 METHODS = {name: (name, []) for name in ALL}
 METHODS["lora-r1"] = ("lora", ["--rank", "1"])  # is rank 8 of use?
 SEEDS = [0, 1, 2]
-MARKS = ("<!-- table of bench/table.py -->", "<!-- end of the table -->")
 
 
 def read_rows():
@@ -91,14 +90,6 @@ def totals(rows):
         nine = [statistics.mean(seed) for seed in zip(*(scores(rows, method, task) for task in understand), strict=True)]
         found[method] = nine, trained(row for row in rows if (row["name"], row["task"]) == (method, "cola"))
     return found
-
-
-def summary(rows):
-    """The README's table: per method the mean of the nine tasks, `math`, and the numbers trained on cola."""
-    lines = ["|method|nine tasks|math|trained|", "|---|--:|--:|--:|"]
-    for method, (nine, count) in totals(rows).items():
-        lines.append(f"|{method}|{cell(nine)}|{cell(scores(rows, method, 'math'))}|{count:,}|")
-    return "\n".join(lines)
 
 
 def costs(rows):
@@ -260,18 +251,11 @@ def write(rows):
                 f"What the tasks and bases were made to show (targets for them, not for a method):\n\n{verdicts(rows)}\n\n"
                 "Seconds of one run on one thread, with one to three others beside it: no comparison of methods, which is "
                 f"[speed-cpu.md](speed-cpu.md).\n\n{costs(rows)}\n")  # fmt: skip
-    path = os.path.join(ROOT, "README.md")
-    with open(path) as f:
-        readme = f.read()
-    before, rest = readme.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    with open(path, "w") as f:
-        f.write(f"{before}{MARKS[0]}\n{summary(rows)}\n{MARKS[1]}{after}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write bench/table.md, its pictures in docs and README's table")
+    parser.add_argument("--write", action="store_true", help="write bench/table.md and its pictures in docs")
     args = parser.parse_args()
     rows = read_rows()
     if args.write:
