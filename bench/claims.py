@@ -439,20 +439,23 @@ def without_math(rows):
 def on_real(rows):
     """The table of the real encoder: each method's points from LoRA on the seeds that both have, task by task, and its scores on
     CoLA at each rate."""
-    found, tried, tasks = sweep.on_encoder(rows), sweep.table(rows, "encoder"), ("cola", "sst2")
+    mine, tasks = [row for row in rows if row["study"] == "encoder"], ("cola", "sst2")
     heads = " | ".join(f"{task} ({sweep.headline(task)}) from LoRA" for task in tasks)
-    lines = [f"| | {heads} | cola at each rate, seed 100 |", "|---|--:|--:|---|"]
-    for method in (method for method in METHODS if (method, "cola") in found):
+    lines, yard = [f"| | {heads} | cola at each rate, seed 100 |", "|---|--:|--:|---|"], sweep.on_encoder(mine)
+    for method, more in sweep.contestants(mine):
+        found, tried = sweep.on_encoder(mine, more), sweep.table(mine, "encoder", list(more))
+        if (method, "cola") not in found:
+            continue
         cells = []
         for task in tasks:
-            mine, its = (found.get((name, task), (0, 0, {}))[2] for name in (method, "lora"))
-            values = [mine[seed] - its[seed] for seed in sorted(mine.keys() & its.keys() - {100})]
+            ours, its = (of.get((name, task), (0, 0, {}))[2] for of, name in ((found, method), (yard, "lora")))
+            values = [ours[seed] - its[seed] for seed in sorted(ours.keys() & its.keys() - {100})]
             cells.append("–")
             if len(values) > 1 and method != "lora":
                 mean, half, p = paired(values)
                 cells[-1] = f"{mean:+.1f} ± {half:.1f} (p {p:.3f}, {len(values)} seeds)"
         curve = [f"{sweep.rate(k):g}: {value:.1f}" for (k, seed), value in sorted(tried[method, "cola"].items()) if seed == 100]
-        lines.append(f"| {method} | {' | '.join(cells)} | {', '.join(curve)} |")
+        lines.append(f"| {' '.join([method, *more])} | {' | '.join(cells)} | {', '.join(curve)} |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ elsewhere, and joining the files joins the rows.
 
 import argparse
 import ast
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -56,6 +57,7 @@ ALL_TASKS = [name for name in data.GENERATED if not data.TASKS[name].pretraining
 FRESH = range(8)  # seeds to compare with, on which no rate was chosen
 HEAD = [-14, -12, -10, -8, -6]  # the head's rates that are tried, in quarter decades
 PAGE = os.path.join(ROOT, "docs", "rates.md")
+MACHINE = ("--fast", "--precision", "bf16")  # flags of where a run goes, not of what it asks
 
 
 def rate(k):
@@ -145,11 +147,15 @@ def score(row):
     return 0.0 if row["dev"] is None else 100 * row["dev"][headline(row["task"])]
 
 
+def own(flags):
+    return [flag for flag in flags if flag not in MACHINE]
+
+
 def table(rows, study, more=None):
-    """{(method, task): {(k, seed): score}} of the runs whose flags, beside the rate, are `more`; of all if that is None."""
+    """{(method, task): {(k, seed): score}} of the runs whose flags, beside the rate and MACHINE's, are `more`; None: of all."""
     found = {}
     for row in rows:
-        if row["study"] == study and more in (None, row["flags"][2:]):
+        if row["study"] == study and more in (None, own(row["flags"][2:])):
             found.setdefault((row["method"], row["task"]), {})[row["k"], row["seed"]] = score(row)
     return found
 
@@ -157,7 +163,7 @@ def table(rows, study, more=None):
 def plan(rows, args):
     """Runs that are asked for now, the most urgent first: dicts with study, method, task, k, seed and flags."""
     study = args.study
-    found, runs = table(rows, study, args.flags if study == "rates" else None), []
+    found, runs = table(rows, study, own(args.flags) if study in ("rates", "encoder") else None), []
     done = set(map(key, rows))
     for i, method in enumerate(args.methods):
         of_all = {"rates": TASKS, "encoder": args.tasks}.get(study)
@@ -425,11 +431,11 @@ def options(rows):
     return "\n".join(lines) if lines[2:] else "None yet."
 
 
-def on_encoder(rows):
-    """{(method, task): (k of the best rate, whether it is the last tried, {seed: score there})} of the real encoder, of the
-    seeds that chose nothing, or where none is there yet of the one that chose."""
+def on_encoder(rows, more=()):
+    """{(method, task): (k of the best rate, whether it is the last tried, {seed: score there})} of the real encoder with the
+    flags `more`, of the seeds that chose nothing, or where none is there yet of the one that chose."""
     found = {}
-    for pair, scores in table(rows, "encoder").items():
+    for pair, scores in table(rows, "encoder", list(more)).items():
         chosen = {k: value for (k, seed), value in scores.items() if seed == 100}
         k = max(chosen, key=chosen.get)
         fresh = {seed: value for (other, seed), value in scores.items() if other == k and seed != 100}
@@ -439,21 +445,27 @@ def on_encoder(rows):
 
 def encoder(rows):
     """The table of the real encoder."""
-    found = on_encoder(rows)
-    tasks = [task for task in ALL_TASKS if any(task == of for _, of in found)]
+    mine = [row for row in rows if row["study"] == "encoder"]
+    tasks = [task for task in ALL_TASKS if any(task == row["task"] for row in mine)]
     heads = " | ".join(f"{task} ({headline(task)}): best rate, scores there" for task in tasks)
     lines = [f"| method | {heads} | on |", "|---|" + "--:|" * len(tasks) + "---|"]
-    for method in [m for m in METHODS if any(method == m for method, _ in found)]:
-        cells = []
+    for method, more in contestants(mine):
+        found, cells = on_encoder(mine, more), []
         for task in tasks:
             k, edge, by_seed = found.get((method, task), (None, False, {}))
             values = by_seed.values()
             shown = f" ± {statistics.stdev(values):.1f} ({len(values)} seeds)" if len(values) > 1 else " (one seed)"
             cells.append(f"{rate(k):g}{' (edge)' * edge}: {statistics.mean(values):.1f}{shown}" if values else "–")
-        mine = [row for row in rows if (row["study"], row["method"]) == ("encoder", method)]
-        machines = ", ".join(dict.fromkeys(row["hardware"].split(",")[0] for row in mine))
-        lines.append(f"| {method} | {' | '.join(cells)} | {machines} |")
+        of = [row for row in mine if (row["method"], own(row["flags"][2:])) == (method, list(more))]
+        machines = ", ".join(dict.fromkeys(row["hardware"].split(",")[0] for row in of))
+        lines.append(f"| {' '.join([method, *more])} | {' | '.join(cells)} | {machines} |")
     return "\n".join(lines)
+
+
+def contestants(rows):
+    """[(method, flags beside the rate)] of the rows, in METHODS' order, those without flags first."""
+    found = {(row["method"], tuple(own(row["flags"][2:]))) for row in rows}
+    return sorted(found, key=lambda pair: (list(METHODS).index(pair[0]), pair[1]))
 
 
 def head(rows):
@@ -470,13 +482,23 @@ def head(rows):
     return "\n".join(lines)
 
 
+def lacking(rows):
+    """What the rule of the page's first table still asks for, in words, by method."""
+    args = argparse.Namespace(study="rates", methods=list(METHODS), tasks=TASKS, first=None, flags=[])
+    each = collections.Counter(run["method"] for run in plan(rows, args))
+    if not each:
+        return "The rule below asks for no more"
+    return f"The rule below asks for {each.total()} more ({', '.join(f'{name} {n}' for name, n in each.items())})"
+
+
 def text():
     """docs/rates.md."""
     rows = valid(read(ROWS))
     return f"""# Learning rates, method by method
 
-Made by `python bench/sweep.py pages` from the rows of `bench/sweep.jsonl`: {len(rows)} runs so far. The sweep is not finished:
-it goes on where it stopped.
+Made by `python bench/sweep.py pages` from the {len(rows)} runs in `bench/sweep.jsonl`.
+{lacking(rows)}:
+`python bench/sweep.py rates` goes on where it stopped.
 
 ## The generated tasks
 
@@ -545,7 +567,7 @@ def picture(rows):
     panels += [("encoder", task, f"{task} ({headline(task)}), all-MiniLM-L6-v2") for task in ("cola", "sst2")]
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.5))
     for ax, (study, task, title) in zip(axes.flat, panels):
-        found = table(rows, study, [] if study == "rates" else None)
+        found = table(rows, study, [])
         for method, colour in COLOURS.items():
             scores = found.get((method, task), {})
             ks = sorted({k for k, _ in scores})

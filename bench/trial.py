@@ -106,7 +106,7 @@ def pairs(rows):
     """
     today, searched = sweep.valid(sweep.read(sweep.ROWS)), {}
     for row in rows:
-        tried = sweep.table(today, row["study"], [] if row["study"] == "rates" else None).get((row["method"], row["task"]), {})
+        tried = sweep.table(today, row["study"], []).get((row["method"], row["task"]), {})
         scores = {k: value for (k, seed), value in tried.items() if seed == 100 and k in row["moved"]}
         if len(scores) > 2:
             searched[row["study"], row["task"], row["method"]] = row, scores, max(scores, key=scores.get)

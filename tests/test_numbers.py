@@ -68,7 +68,7 @@ def test_the_defaults_have_the_best_mean_over_the_five_tasks():
 
 
 def test_the_rates_for_real_checkpoints_have_the_best_mean_over_the_real_encoders_tasks():
-    found = sweep.table(sweep.read(sweep.ROWS), "encoder")
+    found = sweep.table(sweep.read(sweep.ROWS), "encoder", [])
     asked = {"tasks": ["cola", "sst2"], "study": "encoder"}
     for method in {method for method, _ in found}:
         means = sweep.on_all(found, method, **asked)

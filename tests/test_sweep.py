@@ -50,8 +50,13 @@ def test_the_real_encoders_table_has_the_fresh_seeds_at_the_best_rate_and_where_
     found = sweep.on_encoder(made)
     assert found["lora", "cola"] == (-14, False, {0: 22.0, 1: 24.0, 2: 26.0})
     assert found["tlora", "cola"] == (-8, True, {100: 2.0})
+    plain = {**row("tlora", "cola", -10, 100, 60.0, "A CPU"), "flags": ["--lr", "0.00316", "--fast", "--dropout", "0"]}
+    made += [plain, {**plain, "seed": 0}, {**plain, "k": -12, "dev": {"matthews": 0.5}}]
+    assert sweep.on_encoder(made)["tlora", "cola"] == (-8, True, {100: 2.0}), "other flags are another contestant's"
+    assert sweep.on_encoder(made, ["--dropout", "0"])["tlora", "cola"] == (-10, True, {0: 60.0})
     assert sweep.encoder(made).splitlines()[2:] == [
         "| tlora | 0.01 (edge): 2.0 (one seed) | 0.00316 (edge): 80.0 (one seed) | A GPU |",
+        "| tlora --dropout 0 | 0.00316 (edge): 60.0 (one seed) | – | A CPU |",
         "| lora | 0.000316: 24.0 ± 2.0 (3 seeds) | – | A GPU, A CPU |",
     ]
 
