@@ -48,6 +48,8 @@ CONTESTANTS = {
     "triadapt-scaled": ("triadapt", ["--alpha", "64", "--lr", "0.00562"]),  # four times its scale, at its best rate for that
     "lora-scaled": ("lora", ["--alpha", "64", "--lr", "0.00178"]),  # likewise
     "triadapt-preserve": ("triadapt", ["--preserve"]),
+    "triadapt-identity": ("triadapt", ["--start", "identity", "--lr", "0.01"]),  # MTLoRA's start: T = I, B = 0
+    "tlora_plus-identity": ("tlora_plus", ["--init-b", "identity", "--lr", "0.00316"]),  # likewise
     "tlora_plus-no-decay": ("tlora_plus", ["--weight-decay", "0"]),
     "nonlinear": ("triadapt", ["--mode", "nonlinear"]),
     "fixed-k": ("triadapt", ["--mode", "fixed"]),
@@ -114,6 +116,7 @@ CLAIMS = {
 BESIDE = [(name, "lora", 0.0) for name in METHODS if name not in ("lora", "head")]  # the head alone answers no question in words
 FURTHER = [("tlora-plain", "lora", 0.0), ("tlora_plus-no-decay", "lora", 0.0), ("triadapt-scaled", "triadapt", 0.0)]
 FURTHER += [("lora-scaled", "lora", 0.0), ("triadapt-scaled", "lora-scaled", 0.0), ("triadapt-preserve", "triadapt", 0.0)]
+FURTHER += [(f"{name}-identity", other, 0.0) for name in ("triadapt", "tlora_plus") for other in (name, "lora")]
 FURTHER += [(name, "lora-r3", 0.0) for name in ("tlora", "tlora-plain", "task_tlora")] + [("tlora_plus-r32", "lora", 0.0)]
 
 
@@ -326,11 +329,26 @@ def of_option(rows, method, option, values, default):
     )
 
 
+def of_start(rows, found, method):
+    """What MTLoRA's start does to a method; empty until it is measured."""
+    name = f"{method}-identity"
+    gain, from_lora = found[name, method, 0.0], found[name, "lora", 0.0]
+    if not gain or not from_lora:
+        return ""
+    on_math, others = (paired(differences(rows, name, method, tasks=tasks)) for tasks in (["math"], sweep.TASKS[:-1]))
+    return (
+        f"The start (`{' '.join(CONTESTANTS[name][1])}`, its rate): with the middle matrix at I and what follows it at "
+        f"zero, as LoRA starts and the authors' MTLoRA, it is {gain[0]:+.1f} ± {gain[1]:.1f} points from its paper's start (math "
+        f"{on_math[0]:+.1f} ± {on_math[1]:.1f}, the other four {others[0]:+.1f} ± {others[1]:.1f}) and {from_lora[0]:+.1f} ± "
+        f"{from_lora[1]:.1f} from LoRA.\n\n"
+    )
+
+
 def said_of_P2(rows, found):
     """What rank does, and the ratio; whose ratio and decay these are, and what the decay costs; each once it is measured."""
     ratios = of_option(rows, "tlora_plus", "--ratio", ("1", "2", "4", "5", "8", "paper", "summed"), RATIO)
     named = "Ratios of the matrices' rates, where `--lr` is A's, with paper and summed B's"
-    words = of_ranks(rows, found) + (ratios and f"{named} {ratios}")
+    words = of_ranks(rows, found) + (ratios and f"{named} {ratios}") + of_start(rows, found, "tlora_plus")
     words += "TLoRA+ trains with the default ratio of 4 and its paper's weight decay of 0.1, at rates far above its paper's 1e-4."
     gain = differences(rows, "tlora_plus-no-decay", "tlora_plus")
     if len(gain) < len(sweep.FRESH):
@@ -386,6 +404,7 @@ def said_of_A1(rows, found):
     fresh = {name: found[f"{method}-scaled", method, 0.0] for method, name in names}
     moved = ", ".join(f"{name} {value[0]:+.1f} ± {value[1]:.1f}" for name, value in fresh.items() if value)
     words += f"On the fresh seeds, points of 64 from 16: {moved}.\n\n" if moved else ""
+    words += of_start(rows, found, "triadapt")
     return words + (
         f"Linear and nonlinear growth are {on_math[0]:+.1f} ± {on_math[1]:.1f} points apart on math and {others[0]:+.1f} ± "
         f"{others[1]:.1f} on the other four. All three modes train at {METHODS['triadapt'][2]:g}, chosen for linear{own}."
@@ -560,8 +579,11 @@ docstring of [bench/claims.py](../bench/claims.py).
 
 `python bench/sweep.py compare`. tlora-plain is TLoRA without its dropout of 0.5 (`--methods tlora --flags {" ".join(PLAIN)}`),
 at its own rate; tlora_plus-no-decay has `--flags --weight-decay 0`, triadapt-scaled `--flags --alpha 64 --lr 0.00562`,
-lora-scaled `--flags --alpha 64 --lr 0.00178`, triadapt-preserve `--flags --preserve` at the rate chosen without it. LoRA of rank
-3 (`--methods lora --flags --rank 3`) has the trained numbers nearest to TLoRA's and Task-aware TLoRA's. The same epochs for all.
+lora-scaled `--flags --alpha 64 --lr 0.00178`, triadapt-preserve `--flags --preserve` at the rate chosen without it. -identity
+starts with the middle matrix at I and what follows it at zero, as LoRA does and the authors' MTLoRA
+(`triadapt --flags {" ".join(CONTESTANTS["triadapt-identity"][1])}`, `tlora_plus --flags
+{" ".join(CONTESTANTS["tlora_plus-identity"][1])}`), at its own rate. LoRA of rank 3 (`--methods lora --flags --rank 3`) has the
+trained numbers nearest to TLoRA's and Task-aware TLoRA's. The same epochs for all.
 
 {beside(rows, found)}
 

@@ -122,6 +122,29 @@ def test_what_is_said_of_ratios_and_of_scales():
         assert float(methods.options(method)[option[2:]][1]) == float(default)
 
 
+@pytest.mark.parametrize("method", ["triadapt", "tlora_plus"])
+def test_what_is_said_of_the_start(method):
+    name = f"{method}-identity"
+    made = rows(**{"lora": 90.0, method: 70.0, "nonlinear": 60.0})
+    assert claims.of_start(made, claims.answers(made), method) == ""
+    for row in rows(**{name: 72.0}):
+        made.append({**row, "test": {k: v + 0.1 * (row["task"] == "math") for k, v in row["test"].items()}})
+    words = claims.of_start(made, claims.answers(made), method)  # 2 points on four tasks, 12 on the fifth
+    assert "it is +4.0 ± 0.0 points from its paper's start (math +12.0 ± 0.0, the other four +2.0 ± 0.0)" in words
+    assert words.endswith(" and -16.0 ± 0.0 from LoRA.\n\n")
+    said = {"triadapt": claims.said_of_A1, "tlora_plus": claims.said_of_P2}[method]
+    assert words in said(made, claims.answers(made))
+
+
+@pytest.mark.parametrize("name", ["triadapt-identity", "tlora_plus-identity"])
+def test_another_start_trains_at_the_one_rate_found_for_it(name):
+    method, (*more, lr, rate) = claims.CONTESTANTS[name]
+    found = sweep.table(sweep.valid(sweep.read(sweep.ROWS)), "rates", more)
+    means = sweep.on_all(found, method)
+    assert means and not sweep.asked_of_all(found, method)  # the search is over
+    assert (lr, float(rate)) == ("--lr", sweep.rate(max(means, key=means.get)))
+
+
 def test_what_is_said_of_one_small_rate_for_both():
     made = rows(lora=90.0, task_tlora=80.0)
     assert claims.said_of_K1(made, claims.answers(made)) == ""
@@ -199,12 +222,15 @@ def test_the_table_of_all_methods_best_first_each_once():
         "tlora_plus-no-decay",
         "tlora_plus-r32",
         "lora-scaled",
+        "triadapt-identity",
+        "tlora_plus-identity",
     }
     assert lines[0].startswith("| tlora_plus | lora | 0.30 | +10.00 | ± 0.0")
     assert lines[0].endswith("| < 0.0001 | above |" + " +10.0 |" * 5) and lines[2].endswith("| below |" + " -10.0 |" * 5)
     assert lines[3].endswith("| not yet: 0 of 8 seeds |" + "  |" * 5)
-    assert lines[-4].startswith("| tlora | lora-r3 | 1.00 | -5.00 |")
-    assert lines[-2].startswith("| task_tlora | lora-r3 | 1.00 | +5.00 |")
+    by_names = dict(zip(names, lines))
+    assert by_names["tlora", "lora-r3"].startswith("| tlora | lora-r3 | 1.00 | -5.00 |")
+    assert by_names["task_tlora", "lora-r3"].startswith("| task_tlora | lora-r3 | 1.00 | +5.00 |")
 
 
 def test_readmes_table_by_hand():
