@@ -396,18 +396,17 @@ def said_of_A1(rows, found):
     if not found["triadapt", "nonlinear", 0.0]:
         return ""
     on_math, others = (paired(differences(rows, "triadapt", "nonlinear", tasks=t)) for t in (["math"], sweep.TASKS[:-1]))
-    searched = sweep.table(rows, "rates", ["--mode", "nonlinear"]).get(("triadapt", "math"))
-    own = f"; searched for on math alone, nonlinear's best is {sweep.rate(sweep.best(searched)[0]):g} there" if searched else ""
     names = (("triadapt", "TriAdaptLoRA"), ("lora", "LoRA"))
     scales = {name: of_option(rows, method, "--alpha", ("4", "16", "64"), "16") for method, name in names}
-    words = "".join(f"{name}'s scale {said}" for name, said in scales.items() if said)
+    modes = of_option(rows, "triadapt", "--mode", ("linear", "nonlinear", "fixed"), "linear")
+    words = (modes and f"TriAdaptLoRA's growth {modes}") + "".join(f"{of}'s scale {said}" for of, said in scales.items() if said)
     fresh = {name: found[f"{method}-scaled", method, 0.0] for method, name in names}
     moved = ", ".join(f"{name} {value[0]:+.1f} ± {value[1]:.1f}" for name, value in fresh.items() if value)
     words += f"On the fresh seeds, points of 64 from 16: {moved}.\n\n" if moved else ""
     words += of_start(rows, found, "triadapt")
     return words + (
         f"Linear and nonlinear growth are {on_math[0]:+.1f} ± {on_math[1]:.1f} points apart on math and {others[0]:+.1f} ± "
-        f"{others[1]:.1f} on the other four. All three modes train at {METHODS['triadapt'][2]:g}, chosen for linear{own}."
+        f"{others[1]:.1f} on the other four."
     )
 
 

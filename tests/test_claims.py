@@ -136,13 +136,18 @@ def test_what_is_said_of_the_start(method):
     assert words in said(made, claims.answers(made))
 
 
-@pytest.mark.parametrize("name", ["triadapt-identity", "tlora_plus-identity"])
-def test_another_start_trains_at_the_one_rate_found_for_it(name):
-    method, (*more, lr, rate) = claims.CONTESTANTS[name]
+OWN = [name for name, (_, flags) in claims.CONTESTANTS.items() if "--lr" in flags and not name.endswith(("-small", "-long"))]
+
+
+@pytest.mark.parametrize("name", sorted({*OWN, "nonlinear", "fixed-k"} - {"task_tlora-scaled"}))
+def test_a_variant_with_a_rate_of_its_own_has_the_one_found_for_it(name):
+    method, flags = claims.CONTESTANTS[name]
+    more = flags[: flags.index("--lr")] + flags[flags.index("--lr") + 2 :] if "--lr" in flags else flags
     found = sweep.table(sweep.valid(sweep.read(sweep.ROWS)), "rates", more)
     means = sweep.on_all(found, method)
-    assert means and not sweep.asked_of_all(found, method)  # the search is over
-    assert (lr, float(rate)) == ("--lr", sweep.rate(max(means, key=means.get)))
+    assert more and means and not sweep.asked_of_all(found, method)  # the search is over
+    own = float(flags[flags.index("--lr") + 1]) if "--lr" in flags else METHODS[method][2]
+    assert own == sweep.rate(max(means, key=means.get))
 
 
 def test_what_is_said_of_one_small_rate_for_both():
