@@ -114,10 +114,11 @@ CLAIMS = {
 # Beside the claims: every method from LoRA, a few with other flags, and those with fewer trained numbers from the LoRA that has
 # about as many.
 BESIDE = [(name, "lora", 0.0) for name in METHODS if name not in ("lora", "head")]  # the head alone answers no question in words
-FURTHER = [("tlora-plain", "lora", 0.0), ("tlora_plus-no-decay", "lora", 0.0), ("triadapt-scaled", "triadapt", 0.0)]
-FURTHER += [("lora-scaled", "lora", 0.0), ("triadapt-scaled", "lora-scaled", 0.0), ("triadapt-preserve", "triadapt", 0.0)]
-FURTHER += [(f"{name}-identity", other, 0.0) for name in ("triadapt", "tlora_plus") for other in (name, "lora")]
-FURTHER += [(name, "lora-r3", 0.0) for name in ("tlora", "tlora-plain", "task_tlora")] + [("tlora_plus-r32", "lora", 0.0)]
+FURTHER = [("tlora-plain", other, 0.0) for other in ("tlora", "lora", "lora-r3")]
+FURTHER += [(name, "lora-r3", 0.0) for name in ("tlora", "task_tlora")]
+FURTHER += [(f"{name}-identity", other, 0.0) for name in ("tlora_plus", "triadapt") for other in (name, "lora")]
+FURTHER += [("tlora_plus-r32", "lora", 0.0), ("tlora_plus-no-decay", "lora", 0.0), ("triadapt-preserve", "triadapt", 0.0)]
+FURTHER += [("triadapt-scaled", "triadapt", 0.0), ("lora-scaled", "lora", 0.0), ("triadapt-scaled", "lora-scaled", 0.0)]
 
 
 def wanted(rows, claim):
@@ -410,6 +411,10 @@ def said_of_A1(rows, found):
     )
 
 
+def flags_of(name):
+    return " ".join(CONTESTANTS[name][1])
+
+
 def numbers(rows, name, tasks=sweep.TASKS):
     """The mean of the trained numbers of a contestant's runs, the head's too; None without runs."""
     method, flags = CONTESTANTS[name]
@@ -418,11 +423,16 @@ def numbers(rows, name, tasks=sweep.TASKS):
     return statistics.mean(found) if found else None
 
 
-def beside(rows, found):
-    """The table of all methods from LoRA, best first, and of the further comparisons."""
+def best_first(found):
+    """BESIDE, the best first; those that lack runs last."""
+    return sorted(BESIDE, key=lambda key: -found[key][0] if found[key] else math.inf)
+
+
+def beside(rows, found, pairs):
+    """The table of these comparisons, task by task."""
     lines = ["| | from | trained numbers, times its | difference, points | 95 % | p (Holm) | | " + " | ".join(sweep.TASKS) + " |"]
     lines += ["|---|---|--:|--:|--:|--:|---|" + "--:|" * len(sweep.TASKS)]
-    for one, other, margin in sorted(BESIDE, key=lambda key: -found[key][0] if found[key] else math.inf) + FURTHER:
+    for one, other, margin in pairs:
         mine, its = numbers(rows, one), numbers(rows, other)
         share = f"{mine / its:.2f}" if mine and its else ""
         columns = shown(rows, found, one, other, margin).replace("does not hold here", "below").replace("holds", "above")
@@ -576,15 +586,9 @@ docstring of [bench/claims.py](../bench/claims.py).
 
 ## Every method from LoRA
 
-`python bench/sweep.py compare`. tlora-plain is TLoRA without its dropout of 0.5 (`--methods tlora --flags {" ".join(PLAIN)}`),
-at its own rate; tlora_plus-no-decay has `--flags --weight-decay 0`, triadapt-scaled `--flags --alpha 64 --lr 0.00562`,
-lora-scaled `--flags --alpha 64 --lr 0.00178`, triadapt-preserve `--flags --preserve` at the rate chosen without it. -identity
-starts with the middle matrix at I and what follows it at zero, as LoRA does and the authors' MTLoRA
-(`triadapt --flags {" ".join(CONTESTANTS["triadapt-identity"][1])}`, `tlora_plus --flags
-{" ".join(CONTESTANTS["tlora_plus-identity"][1])}`), at its own rate. LoRA of rank 3 (`--methods lora --flags --rank 3`) has the
-trained numbers nearest to TLoRA's and Task-aware TLoRA's. The same epochs for all.
+`python bench/sweep.py compare`. The same epochs for all.
 
-{beside(rows, found)}
+{beside(rows, found, best_first(found))}
 
 The one rate was chosen with `math` among the five. For the other four alone it is too high for some, so what is said without
 math favours those that lose least by it: development means of the four at the default, and at the best rate for these four:
@@ -592,6 +596,22 @@ math favours those that lose least by it: development means of the four at the d
 
 A single run that does not learn widens an interval. Those more than 20 points below their contestant's median on the task, of
 all on this page: {fallen(rows)}.
+
+## What moves them
+
+Each at the one rate found for it ([rates.md](rates.md), other flags), where no other stands
+(`python bench/sweep.py compare --methods METHOD --flags ...`):
+
+- tlora-plain: without the author's dropout of 0.5 (`{flags_of("tlora-plain")}`).
+- -identity: the middle matrix starts at I and what follows it at zero, as LoRA and the authors' MTLoRA start
+  (`{flags_of("tlora_plus-identity")}`, `{flags_of("triadapt-identity")}`).
+- -scaled: four times the scale (`{flags_of("triadapt-scaled")}`, `{flags_of("lora-scaled")}`).
+- tlora_plus-r32: rank 32 (`{flags_of("tlora_plus-r32")}`).
+- tlora_plus-no-decay, triadapt-preserve: `{flags_of("tlora_plus-no-decay")}`, `{flags_of("triadapt-preserve")}`, both at the
+  rate chosen without it.
+- lora-r3: LoRA of rank 3, at rank 8's rate, has the trained numbers nearest to TLoRA's and Task-aware TLoRA's.
+
+{beside(rows, found, FURTHER)}
 
 ## And on a real encoder?
 

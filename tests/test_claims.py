@@ -219,7 +219,8 @@ def test_what_one_rate_costs_without_math_is_from_the_four_tasks_means():
 
 def test_the_table_of_all_methods_best_first_each_once():
     made = rows(lora=80.0, tlora=70.0, tlora_plus=90.0, task_tlora=80.0, lora_r3=75.0)
-    lines = claims.beside(made, claims.answers(made)).splitlines()[2:]
+    found = claims.answers(made)
+    lines = claims.beside(made, found, claims.best_first(found) + claims.FURTHER).splitlines()[2:]
     names = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines]
     assert names[:3] == [("tlora_plus", "lora"), ("task_tlora", "lora"), ("tlora", "lora")] and len(set(names)) == len(names)
     assert {name for name, other in names if other == "lora"} == METHODS.keys() - {"lora", "head"} | {
