@@ -448,7 +448,7 @@ def encoder(rows):
     mine = [row for row in rows if row["study"] == "encoder"]
     tasks = [task for task in ALL_TASKS if any(task == row["task"] for row in mine)]
     heads = " | ".join(f"{task} ({headline(task)}): best rate, scores there" for task in tasks)
-    lines = [f"| method | {heads} | on |", "|---|" + "--:|" * len(tasks) + "---|"]
+    lines = [f"| method | {heads} | hardware |", "|---|" + "--:|" * len(tasks) + "---|"]
     for method, more in contestants(mine):
         found, cells = on_encoder(mine, more), []
         for task in tasks:
@@ -582,7 +582,9 @@ def picture(rows):
     axes[1, 0].set_xlabel("learning rate")
     axes[0, 0].set_ylabel("development score")
     legend(axes.flat[-1])
-    figure.suptitle("The best learning rates differ: one rate for all would choose the winner (bands: lowest to highest seed)")
+    figure.suptitle(
+        "The best learning rates differ: one rate for all methods would choose the winner (bands: lowest to highest seed)"
+    )
     figure.tight_layout()
     figure.savefig(os.path.join(ROOT, "docs", "rates.png"), dpi=90)
     plt.close(figure)
