@@ -79,6 +79,19 @@ def test_what_is_said_of_tloras_dropout():
     words = claims.said_of_T2(made, claims.answers(made))
     assert "moves TLoRA by -11.0 points here, each at its own rate. Without it TLoRA is -9.0 ± 0.0" in words
     assert " from LoRA, and +2.0 ± 0.0 (without math +2.0 ± 0.0) from LoRA-XS with as many trained numbers." in words
+    assert words.endswith("LoRA-XS's at rank 32.")
+    real = {
+        "study": "encoder",
+        "method": "tlora",
+        "task": "cola",
+        "k": -10,
+        "dev": {"matthews": 0.09},
+        "flags": ["--lr", "x", "--fast"],
+    }
+    made += [{**real, "seed": seed} for seed in (100, 0)]
+    made += [{**row, "flags": [*row["flags"], "--dropout", "0"], "dev": {"matthews": 0.22}} for row in made[-2:]]
+    words = claims.said_of_T2(made, claims.answers(made))
+    assert words.endswith("On CoLA with a real encoder it has 9.0 with the dropout and 22.0 without it (above).")
 
 
 def test_what_is_said_of_tlora_pluss_decay():
