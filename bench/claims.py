@@ -59,8 +59,8 @@ CONTESTANTS = {
 
 # README's table: every method, variants behind their method.
 BEHIND = {"tlora": ["tlora-plain"], "tlora_plus": ["tlora_plus-r32"], "lora": ["lora-r3", "lora-r32"], "lora_xs": ["lora_xs-r32"]}
-LOST_ON_MATH = ("tlora_plus", "task_tlora")
 SHOWN = [name for method in METHODS for name in (method, *BEHIND.get(method, []))]
+LOST_ON_MATH = ("tlora_plus", "task_tlora")  # most of their distance from LoRA is there
 
 # claim: (paper, its words, questions: (words, one, other, margin): is `one` more than `other` + margin?)
 CLAIMS = {

@@ -148,6 +148,7 @@ def score(row):
 
 
 def own(flags):
+    """The flags that are part of the question: without MACHINE's."""
     return [flag for flag in flags if flag not in MACHINE]
 
 
