@@ -663,7 +663,8 @@ def main():
             f.write(page)
         return write_readme(sweep.valid(sweep.read(sweep.ROWS)))
     if not args.show:
-        args.rows, args.places, args.plan = sweep.ROWS, lambda task: [], lambda rows: wanted(rows, args.claim)
+        args.rows, args.checkpoint, args.places = sweep.ROWS, sweep.MINILM, lambda task: []
+        args.plan = lambda rows: wanted(rows, args.claim)
         sweep.work(args)
     rows = sweep.valid(sweep.read(sweep.ROWS))
     print(section(args.claim, rows, answers(rows)))

@@ -23,6 +23,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -58,6 +59,7 @@ FRESH = range(8)  # seeds to compare with, on which no rate was chosen
 HEAD = [-14, -12, -10, -8, -6]  # the head's rates that are tried, in quarter decades
 PAGE = os.path.join(ROOT, "docs", "rates.md")
 MACHINE = ("--fast", "--precision", "bf16")  # flags of where a run goes, not of what it asks
+MINILM = "53aa51172d142c89"  # all-MiniLM-L6-v2's weights: the checkpoint whose rows the pages show
 
 
 def rate(k):
@@ -183,6 +185,7 @@ def plan(rows, args):
                 if study == "head":
                     flags = ["--head-lr", f"{rate(k):g}", "--lr", "0.004"]
                 run = {"study": study, "method": method, "task": task, "k": k, "seed": seed, "flags": flags + args.flags}
+                run |= {"checkpoint": args.checkpoint} if study == "encoder" else {}
                 runs.append(((k, seed) not in urgent, len(have) >= 6, seed, i, run))
     return [run for *_, run in sorted(runs, key=lambda entry: entry[:-1])]
 
@@ -266,6 +269,12 @@ def carry_out(run, places=()):
             "torch": torch.__version__}  # fmt: skip
 
 
+def checkpoint_of(backbone):
+    """What tells real encoders apart in the rows: a digest of the weights in a folder, else the name on the Hub."""
+    weights = sorted(glob.glob(os.path.join(glob.escape(backbone), "*.safetensors")))
+    return digest(*weights)[:16] if weights else backbone
+
+
 def places(backbone, glue, task):
     """The flags for a checkpoint and for a task's folder among GLUE's."""
     folders = {"cola": "CoLA", "sst2": "SST-2", "rte": "RTE", "mrpc": "MRPC", "stsb": "STS-B"}
@@ -295,18 +304,19 @@ def fingerprint_of(*parts):
     return fingerprint({"study": study, "method": method, "task": task, "flags": flags})
 
 
-def valid(rows):
-    """The rows of today's code."""
+def valid(rows, checkpoint=MINILM):
+    """The rows of today's code, a real encoder's those of one checkpoint."""
 
     def of_today(row):
-        return row["fingerprint"] == fingerprint_of(row["study"], row["method"], row["task"], None, None, *row["flags"])
+        mark = fingerprint_of(row["study"], row["method"], row["task"], None, None, *row["flags"])
+        return row["fingerprint"] == mark and row.get("checkpoint", checkpoint) == checkpoint
 
     return list(filter(of_today, rows))
 
 
 def work(args):
     """Keep `jobs` runs going until args.plan(rows) asks for none or the time is up; each is written down as it ends."""
-    rows = valid([row for path in {ROWS, args.rows} for row in read(path)])
+    rows = valid([row for path in {ROWS, args.rows} for row in read(path)], args.checkpoint)
     deadline = time.monotonic() + 60 * args.minutes
     running = {}
     context = multiprocessing.get_context("spawn")
@@ -652,6 +662,9 @@ def main():
     args.methods = args.methods or (["lora"] if args.study == "head" else list(METHODS))
     args.tasks = args.tasks or (["cola", "sst2"] if args.study == "encoder" else TASKS)
     args.tasks = ALL_TASKS if args.tasks == ["all"] else args.tasks
+    if args.study == "encoder" and not (args.backbone and args.data):
+        parser.error("encoder needs --backbone and --data")
+    args.checkpoint = checkpoint_of(args.backbone) if args.study == "encoder" else MINILM
     args.places = lambda task: places(args.backbone, args.data, task) if args.study == "encoder" else []
     args.plan = lambda rows: plan(rows, args)
     (repeat if args.study == "repeat" else work)(args)

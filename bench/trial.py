@@ -95,6 +95,7 @@ def carry_out(method, task, places):
     shares = {k: round(moved(run, sweep.rate(k)), 4) for k in GRID}
     flags = ["--lr", f"{sweep.rate(GRID[0]):g}"]  # so that no default rate is part of the fingerprint
     what = {"study": "encoder" if places else "rates", "method": method, "task": task, "flags": flags}
+    what |= {"checkpoint": sweep.checkpoint_of(places[1])} if places else {}
     return {**what, "moved": shares, "fingerprint": sweep.fingerprint(what),
             "hardware": speed.hardware(run.device.type), "torch": torch.__version__}  # fmt: skip
 
@@ -130,9 +131,10 @@ def table(found):
     return "\n".join(lines)
 
 
-def read():
-    """The rows of today's code, their k as numbers again."""
-    return [{**row, "moved": {int(k): share for k, share in row["moved"].items()}} for row in sweep.valid(sweep.read(ROWS))]
+def read(checkpoint=sweep.MINILM):
+    """The rows of today's code, of real encoders that of the checkpoint, their k as numbers again."""
+    rows = sweep.valid(sweep.read(ROWS), checkpoint)
+    return [{**row, "moved": {int(k): share for k, share in row["moved"].items()}} for row in rows]
 
 
 def text():
@@ -202,10 +204,11 @@ def main():
         with open(PAGE, "w", encoding="utf-8") as f:
             f.write(page)
         return
+    checkpoint = sweep.checkpoint_of(args.backbone) if args.backbone else sweep.MINILM
     for task in args.tasks:
         for method in args.methods:
             places = sweep.places(args.backbone, args.data, task) if args.backbone else []
-            have = {(row["study"], row["method"], row["task"]) for row in read()}
+            have = {(row["study"], row["method"], row["task"]) for row in read(checkpoint)}
             if ("encoder" if places else "rates", method, task) in have:
                 continue
             row = carry_out(method, task, places)

@@ -61,6 +61,21 @@ def test_the_real_encoders_table_has_the_fresh_seeds_at_the_best_rate_and_where_
     ]
 
 
+def test_another_checkpoint_of_a_real_encoder_has_rows_of_its_own(tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(folder.name)
+    one, two = (sweep.checkpoint_of(str(folder)) for folder in folders)
+    assert one != two and len(one) == len(two) == len(sweep.MINILM) == 16
+    assert sweep.checkpoint_of("roberta-base") == "roberta-base"
+    args = SimpleNamespace(study="encoder", methods=["lora"], tasks=["cola"], first=None, flags=[], checkpoint=one)
+    asked = sweep.plan([], args)
+    row = {**asked[0], "dev": {"matthews": 0.5}, "fingerprint": sweep.fingerprint(asked[0])}
+    assert row["checkpoint"] == one and sweep.valid([row], one) == [row] and sweep.valid([row], two) == sweep.valid([row]) == []
+    assert sweep.plan([row], args) != asked == sweep.plan(sweep.valid([row], two), args)
+
+
 def test_a_best_at_the_end_of_the_scale_ends_the_search():
     order, _ = carried_out(99, -4, "rates")
     assert max(k for k, _ in order) == 0
