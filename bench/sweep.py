@@ -498,8 +498,9 @@ def lacking(rows):
     args = argparse.Namespace(study="rates", methods=list(METHODS), tasks=TASKS, first=None, flags=[])
     each = collections.Counter(run["method"] for run in plan(rows, args))
     if not each:
-        return "The rule below asks for no more"
-    return f"The rule below asks for {each.total()} more ({', '.join(f'{name} {n}' for name, n in each.items())})"
+        return "The rule below asks for no more."
+    named = ", ".join(f"{name} {n}" for name, n in each.items())
+    return f"The rule below asks for {each.total()} more ({named}):\n`python bench/sweep.py rates` goes on where it stopped."
 
 
 def text():
@@ -508,8 +509,7 @@ def text():
     return f"""# Learning rates, method by method
 
 Made by `python bench/sweep.py pages` from the {len(rows)} runs in `bench/sweep.jsonl`.
-{lacking(rows)}:
-`python bench/sweep.py rates` goes on where it stopped.
+{lacking(rows)}
 
 ## The generated tasks
 
