@@ -127,8 +127,10 @@ class TaskTLoRALinear(nn.Module):
         A, B = state_dict.get(prefix + "A"), state_dict.get(prefix + "B")
         if A is not None and B is not None and A.ndim == 2 and len(A) != self.rank:
             if A.shape == (len(A), self.in_features) and B.shape == (self.out_features, len(A)):
-                self.A.data, self.B.data = self.A.data.new_empty(A.shape), self.B.data.new_empty(B.shape)
-                self.A.grad = self.B.grad = None
+                for own, stored in ((self.A, A), (self.B, B)):
+                    new = own.data.new_empty(stored.shape)
+                    own.data = own.data.half()  # another dtype for a moment: else a graph that is alive keeps the old shape
+                    own.data, own.grad = new, None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -237,9 +239,16 @@ def see_gradients(
 
 @torch.no_grad()
 def see_inputs(
-    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence, loss_fn: Callable[..., torch.Tensor], center: bool
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    batches: Sequence,
+    loss_fn: Callable[..., torch.Tensor],
+    center: bool,
+    idle: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Algorithm 1's C: {name: C_i (n, n)}, each where its layer computes, from forward passes alone.
+
+    `idle` are the layers that may have no input: C is zero then. ValueError if another has none.
 
     Apart from the gradients, because a forward pass per group of layers costs less than holding all C at
     once, and because activation checkpointing runs a layer twice per backward pass.
@@ -256,7 +265,12 @@ def see_inputs(
         hooks.extend(on_input(linear, partial(see_input, name)) for name, linear in linears.items())
         for batch in batches:
             loss_fn(model, batch)
-    for name in linears.keys() - covariances.keys():  # no sample runs them
+    for name in [name for name in linears if name not in covariances]:
+        if name not in idle:
+            raise ValueError(
+                f"layer {name} gets a gradient and is never seen to run: the model reads its weight instead of calling it "
+                "(exclude it), or was compiled and has run before (calibrate the model that torch.compile was given)"
+            )
         covariances[name] = covariance(linears[name].weight.new_zeros(1, linears[name].in_features))
     for C in covariances.values():
         C /= len(batches)
@@ -350,7 +364,7 @@ def fast_vectors(M: torch.Tensor, r: int) -> torch.Tensor:
     if k > 5 / 8 * min(m, n):  # from about 2/3 on, the full SVD takes less time (bench/svd.md)
         return exact_vectors(M, r)
     # A generator of its own: what the run draws does not depend on it.
-    start = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=M.dtype)
+    start = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=M.dtype, device="cpu")
     blocks = [start.to(M.device)]
     for _ in range(steps):
         blocks.append(torch.linalg.qr(M.mT @ (M @ blocks[-1])).Q)  # (n, width)
@@ -414,12 +428,11 @@ def calibrate(
     """Algorithm 1: look at the task, return the plan {layer name: Allocation} for `inject`.
 
     `batches` yields batches of one example each (fewer than `samples` will do), unpadded: padding would count in
-    C. loss_fn(model, batch) gives the scalar loss and leaves the batch as it is: it comes again. The model is in
-    eval mode meanwhile; modes, requires_grad and the generator's state come back as they were. ValueError as
-    `inject` says, if there is no batch, if no gradient comes, and where a layer sees NaN or infinity.
-    `memory`: bytes that the matrices C alive at once may take, one layer's at least: of the 28 GB of a model of
-    7e9 numbers, 2 GiB mean 16 forward passes per sample. `spectrum`: keep the eigenvalues of C, which take about
-    as long as A. For bars, wrap `batches` in tqdm and give tqdm as `progress`, which gets the list of layers.
+    C. loss_fn(model, batch) gives the scalar loss and leaves the batch as it is: it comes again; what it trains beside
+    the model gets gradients. The model is in eval mode meanwhile; modes, requires_grad and the generator's state come
+    back as they were. ValueError as `inject` says, if there is no batch or no gradient, and where a layer sees NaN or
+    infinity. `memory`: bytes that the C alive at once may take, one layer's at least; a model of 7e9 numbers, 2 GiB: 16
+    passes a sample. `spectrum`: keep C's eigenvalues. For bars, wrap `batches` in tqdm, and give tqdm as `progress`.
 
     Options:
         rank: rank r of the update; with adapted ranks, of the average layer
@@ -434,8 +447,8 @@ def calibrate(
         center: C is a covariance, each sample's mean subtracted, as in the authors' code
     """
     linears = find_linears(model, targets, exclude)
-    if rank < 1:
-        raise ValueError(f"rank {rank} is below 1")
+    if isinstance(rank, float) or rank < 1:
+        raise ValueError(f"rank {rank} is no whole number above 0")
     for option, value, allowed in (("init", init, ("wc", "w", "random", "theory")), ("svd", svd, ("exact", "fast"))):
         if value not in allowed:
             raise ValueError(f"{option} '{value}' is unknown: allowed are {', '.join(allowed)}")
@@ -446,10 +459,11 @@ def calibrate(
     given = zip(ranks, scales, itertools.repeat(None), scores, shares(scores))
     plan = {name: Allocation(*each) for name, each in zip(linears, given)}
     needed = {name: linear for name, linear in linears.items() if spectrum or (plan[name].rank and init != "random")}
+    idle = [name for name in needed if plan[name].score == 0]  # no sample runs them
     parts, covariances = in_parts(needed, memory), {}
     for name in progress(list(needed)):
         if not covariances:
-            covariances = see_inputs(model, next(parts), batches, loss_fn, center)
+            covariances = see_inputs(model, next(parts), batches, loss_fn, center, idle)
         complete(plan[name], needed[name].weight.detach(), covariances.pop(name), init, svd, spectrum)
     return plan
 
@@ -503,7 +517,7 @@ def inject(
     linears = find_linears(model, targets, exclude)
     if plan is None:
         for name, linear in linears.items():
-            if not 1 <= rank <= min(linear.weight.shape):
+            if isinstance(rank, float) or not 1 <= rank <= min(linear.weight.shape):
                 raise ValueError(
                     f"rank {rank} does not fit layer {name} {tuple(linear.weight.shape)}: "
                     f"allowed are 1 to {min(linear.weight.shape)}, or exclude it"
@@ -558,6 +572,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, TaskTLoRALinear)}
     if not layers:
         raise ValueError("nothing to save: the model holds no TaskTLoRALinear (merged already?)")
+    if others := [name for name, m in model.named_modules() if hasattr(m, "factors") and name not in layers]:
+        raise ValueError(f"layer {others[0]} is adapted by another method: save each part of the model by itself")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = {f"{name}.{key}": t for name, layer in layers.items() for key, t in own_state(layer).items()}
     options = {name: layer.options for name, layer in layers.items()}
@@ -688,12 +704,14 @@ def check_mergeable(layers: Mapping[str, nn.Module]) -> None:
     weight (Mamba's dt_proj) instead of calling the layer, whose update had no part: not known before a forward pass.
     """
     called = any(layer.called for layer in layers.values())
+    if not called and (read := [name for name, layer in layers.items() if layer.weight_read]):
+        warnings.warn(f"layer {read[0]} was read and no adapted layer called: if the model has run, its update did nothing")
     for name, layer in layers.items():
         base, W, b = layer.base, layer.base.weight, layer.base.bias
         if any(hasattr(p, "full_tensor") for p in layer.parameters()):
             raise ValueError(f"layer {name} is in shards: save in every process, load on a whole base, and merge there")
         if not W.is_meta and (b is None or b.dtype == W.dtype):  # others run under autocast alone
-            x = torch.linspace(-1, 1, base.in_features).to(W)
+            x = torch.linspace(-1, 1, base.in_features).to(W)[None, None]  # a batch: hooks may index it
             wanted = F.linear(x, W, b).float()
             if (base(x).float() - wanted).norm() > 0.05 * wanted.norm():
                 raise ValueError(f"layer {name} is not to be merged: its base, a {type(base).__name__}, computes no W0 x + b")

@@ -151,7 +151,7 @@ def inject(
     """
     linears = find_linears(model, targets, exclude)
     for name, linear in linears.items():
-        if not 1 <= rank <= min(linear.weight.shape):
+        if isinstance(rank, float) or not 1 <= rank <= min(linear.weight.shape):
             raise ValueError(
                 f"rank {rank} does not fit layer {name} {tuple(linear.weight.shape)}: "
                 f"allowed are 1 to {min(linear.weight.shape)}, or exclude it"
@@ -225,6 +225,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, TLoRALinear)}
     if not layers:
         raise ValueError("nothing to save: the model holds no TLoRALinear (merged already?)")
+    if others := [name for name, m in model.named_modules() if hasattr(m, "factors") and name not in layers]:
+        raise ValueError(f"layer {others[0]} is adapted by another method: save each part of the model by itself")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = {f"{name}.{key}": t for name, layer in layers.items() for key, t in own_state(layer).items()}
     options = {name: layer.options for name, layer in layers.items()}
@@ -337,12 +339,14 @@ def check_mergeable(layers: Mapping[str, nn.Module]) -> None:
     weight (Mamba's dt_proj) instead of calling the layer, whose update had no part: not known before a forward pass.
     """
     called = any(layer.called for layer in layers.values())
+    if not called and (read := [name for name, layer in layers.items() if layer.weight_read]):
+        warnings.warn(f"layer {read[0]} was read and no adapted layer called: if the model has run, its update did nothing")
     for name, layer in layers.items():
         base, W, b = layer.base, layer.base.weight, layer.base.bias
         if any(hasattr(p, "full_tensor") for p in layer.parameters()):
             raise ValueError(f"layer {name} is in shards: save in every process, load on a whole base, and merge there")
         if not W.is_meta and (b is None or b.dtype == W.dtype):  # others run under autocast alone
-            x = torch.linspace(-1, 1, base.in_features).to(W)
+            x = torch.linspace(-1, 1, base.in_features).to(W)[None, None]  # a batch: hooks may index it
             wanted = F.linear(x, W, b).float()
             if (base(x).float() - wanted).norm() > 0.05 * wanted.norm():
                 raise ValueError(f"layer {name} is not to be merged: its base, a {type(base).__name__}, computes no W0 x + b")

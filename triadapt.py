@@ -422,10 +422,14 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]
 
 
 def wrapped_layers(model: nn.Module) -> dict[str, TriAdaptLinear]:
-    """{dotted name: TriAdaptLinear}, in the model's order. ValueError if there is none."""
+    """{dotted name: TriAdaptLinear}, in the model's order. ValueError if there is none, or if their settings differ."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, TriAdaptLinear)}
     if not layers:
         raise ValueError("the model holds no TriAdaptLinear: inject first (or merged already?)")
+    growth = next(iter(layers.values())).growth
+    for name, layer in layers.items():
+        if layer.growth != growth:
+            raise ValueError(f"layer {name} has other settings than the first: take each injected part of the model by itself")
     return layers
 
 
@@ -455,7 +459,8 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
     """Grow where and when the method says so; call it after each optimizer step, counted from 1.
 
     Returns None, or at an event {"grown": {name: new rank}, "scores": {name: S}, "budget": what is left}.
-    The layers that grew have new Parameters then: a list of parameters made before is stale. Raises before
+    The layers that grew have new Parameters then: a list of parameters made before is stale. Layers that have
+    never run, as those of a tower without a loss, stay as they are and add nothing to the budget. Raises before
     anything grows: ValueError for an optimizer that cannot grow and for a run that ends before growth begins,
     FloatingPointError for a score that is no number. A run too short for any event is warned of at step 1.
 
@@ -467,6 +472,8 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
             "DistributedDataParallel would not train what grows: give after_step its module, and at an event wrap that anew"
         )
     layers = wrapped_layers(model)
+    # DataParallel runs copies: then none is known to have run, and all count.
+    layers = {name: layer for name, layer in layers.items() if layer.called} or layers
     growth = next(iter(layers.values())).growth
     for name, value in (("step", step), ("total", total)):
         if type(value) is not int:
@@ -497,7 +504,7 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
         layer.reference.fill_(now)
     k = matrices_to_grow(budget, step, t0, total, growth["mode"], growth["fixed_k"])
     chosen = choose_growth(scores, ranks, limits, budget, k, growth["delta"])
-    check_alike((scores, ranks))
+    check_alike((names, scores, ranks))
     for i, added in chosen:
         for old, new, dim in layers[names[i]].grow(added):
             share(new)
@@ -521,7 +528,7 @@ def check_alike(value: tuple) -> None:
         dist.all_gather_object(found, value)
         if any(other != value for other in found):
             raise ValueError(
-                "the processes have drifted apart: their scores or ranks differ (what an event grew must be wrapped anew)"
+                "the processes have drifted apart: scores, ranks or the layers that ran differ (what grew must be wrapped anew)"
             )
 
 
@@ -572,6 +579,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, TriAdaptLinear)}
     if not layers:
         raise ValueError("nothing to save: the model holds no TriAdaptLinear (merged already?)")
+    if others := [name for name, m in model.named_modules() if hasattr(m, "factors") and name not in layers]:
+        raise ValueError(f"layer {others[0]} is adapted by another method: save each part of the model by itself")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = {f"{name}.{key}": t for name, layer in layers.items() for key, t in own_state(layer).items()}
     options = {name: layer.options for name, layer in layers.items()}
@@ -684,12 +693,14 @@ def check_mergeable(layers: Mapping[str, nn.Module]) -> None:
     weight (Mamba's dt_proj) instead of calling the layer, whose update had no part: not known before a forward pass.
     """
     called = any(layer.called for layer in layers.values())
+    if not called and (read := [name for name, layer in layers.items() if layer.weight_read]):
+        warnings.warn(f"layer {read[0]} was read and no adapted layer called: if the model has run, its update did nothing")
     for name, layer in layers.items():
         base, W, b = layer.base, layer.base.weight, layer.base.bias
         if any(hasattr(p, "full_tensor") for p in layer.parameters()):
             raise ValueError(f"layer {name} is in shards: save in every process, load on a whole base, and merge there")
         if not W.is_meta and (b is None or b.dtype == W.dtype):  # others run under autocast alone
-            x = torch.linspace(-1, 1, base.in_features).to(W)
+            x = torch.linspace(-1, 1, base.in_features).to(W)[None, None]  # a batch: hooks may index it
             wanted = F.linear(x, W, b).float()
             if (base(x).float() - wanted).norm() > 0.05 * wanted.norm():
                 raise ValueError(f"layer {name} is not to be merged: its base, a {type(base).__name__}, computes no W0 x + b")

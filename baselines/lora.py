@@ -163,6 +163,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError("nothing to save: the model holds no LoRALinear (merged already?)")
+    if others := [name for name, m in model.named_modules() if hasattr(m, "factors") and name not in layers]:
+        raise ValueError(f"layer {others[0]} is adapted by another method: save each part of the model by itself")
     for name, layer in layers.items():
         if type(layer).__name__ not in ("LoRALinear", "FastLoRALinear"):
             raise ValueError(f"layer {name} is of {type(layer).__module__}, which builds on LoRA: keep its state_dict instead")
@@ -278,12 +280,14 @@ def check_mergeable(layers: Mapping[str, nn.Module]) -> None:
     weight (Mamba's dt_proj) instead of calling the layer, whose update had no part: not known before a forward pass.
     """
     called = any(layer.called for layer in layers.values())
+    if not called and (read := [name for name, layer in layers.items() if layer.weight_read]):
+        warnings.warn(f"layer {read[0]} was read and no adapted layer called: if the model has run, its update did nothing")
     for name, layer in layers.items():
         base, W, b = layer.base, layer.base.weight, layer.base.bias
         if any(hasattr(p, "full_tensor") for p in layer.parameters()):
             raise ValueError(f"layer {name} is in shards: save in every process, load on a whole base, and merge there")
         if not W.is_meta and (b is None or b.dtype == W.dtype):  # others run under autocast alone
-            x = torch.linspace(-1, 1, base.in_features).to(W)
+            x = torch.linspace(-1, 1, base.in_features).to(W)[None, None]  # a batch: hooks may index it
             wanted = F.linear(x, W, b).float()
             if (base(x).float() - wanted).norm() > 0.05 * wanted.norm():
                 raise ValueError(f"layer {name} is not to be merged: its base, a {type(base).__name__}, computes no W0 x + b")

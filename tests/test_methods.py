@@ -577,7 +577,8 @@ def test_a_layer_that_is_read_and_never_called_is_not_merged(method):
     assert module.merge(model) == ["called", "dt_proj", "unused"]  # before any forward pass nothing is known
     module.inject(model, ["called", "dt_proj", "unused"], rank=2)
     model.dt_proj.weight.dtype  # a look from outside, before any call
-    assert len(module.merge(copy.deepcopy(model))) == 3
+    with pytest.warns(UserWarning, match="layer dt_proj was read and no adapted layer called: if the model has run, its update"):
+        assert len(module.merge(copy.deepcopy(model))) == 3
     model(x)
     state = {key: t.clone() for key, t in model.state_dict().items()}
     with pytest.raises(ValueError) as error:
@@ -613,6 +614,35 @@ def test_a_layer_whose_base_is_no_plain_product_trains_and_is_not_merged(method)
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     hook.remove()
     assert module.merge(model) == ["0"]
+
+
+@methods
+def test_a_hook_of_the_users_on_the_base_sees_a_batch_when_merging(method):
+    torch.manual_seed(0)
+    module, model, seen = importlib.import_module(method), nn.Sequential(nn.Linear(8, 8)), []
+    model[0].register_forward_hook(lambda layer, args, y: seen.append(y[:, -1].mean().item()))
+    module.inject(model, ["0"], rank=2)
+    assert module.merge(model) == ["0"] and len(seen) == 1
+
+
+@methods
+def test_two_methods_in_one_model_are_saved_part_by_part(method, tmp_path):
+    torch.manual_seed(0)
+    module, other = (importlib.import_module(name) for name in (method, "tlora" if method != "tlora" else "triadapt"))
+    model = nn.ModuleDict({part: nn.Sequential(nn.Linear(8, 8)) for part in ("enc", "dec")})
+    base, x = copy.deepcopy(model), torch.randn(2, 8)
+    module.inject(model["enc"], ["0"], rank=2)
+    other.inject(model["dec"], ["0"], rank=2)
+    with pytest.raises(ValueError, match="^layer dec.0 is adapted by another method: save each part of the model by itself$"):
+        module.save(model, tmp_path / "all")
+    assert not list(tmp_path.iterdir())
+    with torch.no_grad():
+        for p in model["enc"].parameters():
+            p.add_(torch.randn_like(p) if p.requires_grad else 0)
+    module.save(model["enc"], tmp_path / "enc")
+    assert module.load(base["enc"], tmp_path / "enc") == ["0"]
+    wanted = model["enc"].eval()(x)
+    assert torch.equal(base["enc"].eval()(x), wanted) and not torch.allclose(base["enc"][0].base(x), wanted)
 
 
 @methods

@@ -148,7 +148,7 @@ def same(one, other):
 def test_see_inputs_gives_the_matrix_C_itself():
     model, batches = transformer(), examples(3)
     linears = {"twice": model.twice, "never": model.never}
-    covariances = see_inputs(model, linears, batches, loss_fn, False)
+    covariances = see_inputs(model, linears, batches, loss_fn, False, idle=["never"])
     reference = transformer().eval()
     for batch in batches:
         reference(batch[0])
@@ -1218,14 +1218,67 @@ def test_watch_and_describe_are_plain_numbers():
     assert sum(numbers["share"] for numbers in described.values()) == pytest.approx(1)
 
 
+class Reads(nn.Module):
+    """Calls one layer and computes with the weight of another, as Mamba and WavLM do."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.called(x) @ self.read.weight
+
+
+def test_a_layer_that_is_read_instead_of_called_is_no_layer_without_input():
+    torch.manual_seed(0)
+    model, batches = Reads(), list(torch.randn(3, 2, 6))
+    square = lambda model, batch: model(batch).square().sum()  # noqa: E731
+    with pytest.raises(ValueError, match=r"layer read gets a gradient and is never seen to run: .* \(exclude it\)"):
+        calibrate(model, ["called", "read"], batches, square, rank=2)
+    assert calibrate(model, ["called", "read"], batches, square, ["read"], rank=2)["called"].spectrum[0] > 0
+
+
+def test_a_compiled_model_that_has_run_before_shows_no_input_and_is_refused():
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).eval().requires_grad_(False), torch.randn(3, 2, 6)
+    square = lambda model, batch: model(batch).square().sum()  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(batches[0])
+    with pytest.raises(ValueError, match=r"layer _orig_mod.0 gets a gradient .* was compiled and has run before"):
+        calibrate(compiled, ["0", "2"], batches, square, rank=2)
+    assert all(given.spectrum[0] > 0 for given in calibrate(model, ["0", "2"], batches, square, rank=2).values())
+
+
+def test_a_default_device_does_not_reach_the_draws_of_the_fast_svd():
+    torch.manual_seed(0)
+    M = torch.randn(600, 600, dtype=torch.float64)
+    found = task_tlora.fast_vectors(M, 2)
+    with torch.device("meta"):
+        assert torch.equal(task_tlora.fast_vectors(M, 2), found)
+    assert not torch.equal(task_tlora.exact_vectors(M, 2), found)  # the fast way was taken
+
+
+def test_other_ranks_are_loaded_beside_a_graph_that_is_still_alive():
+    models, x = [nn.Sequential(nn.Linear(16, 16)) for _ in range(2)], torch.randn(3, 16)
+    for model, rank in zip(models, (2, 4)):
+        inject(model, ["0"], rank=rank, train_a=True)
+    alive = models[0](x).sum()
+    models[0].load_state_dict(models[1].state_dict())
+    models[0](x).sum().backward()
+    assert models[0][0].B.grad.shape == (16, 4) and models[0][0].B.grad.abs().sum() > 0 and alive.requires_grad
+
+
 def test_wrong_input_is_refused_in_one_line():
     model, batches = transformer(), examples()
     with pytest.raises(ValueError, match="init 'svd' is unknown: allowed are wc, w, random, theory"):
         calibrate(model, ["q_proj"], batches, loss_fn, init="svd")
     with pytest.raises(ValueError, match="svd 'slow' is unknown: allowed are exact, fast"):
         calibrate(model, ["q_proj"], batches, loss_fn, svd="slow")
-    with pytest.raises(ValueError, match="rank 0 is below 1"):
-        calibrate(model, ["q_proj"], batches, loss_fn, rank=0)
+    for rank in (0, 4.0):
+        with pytest.raises(ValueError, match=f"rank {rank} is no whole number above 0"):
+            calibrate(model, ["q_proj"], batches, loss_fn, rank=rank)
     with pytest.raises(ValueError, match="target 'nothing' matches no nn.Linear"):
         calibrate(model, ["nothing"], batches, loss_fn)
     plan = calibrate(model, ["q_proj"], batches, loss_fn, rank=2)
@@ -1233,7 +1286,7 @@ def test_wrong_input_is_refused_in_one_line():
         inject(model, ["q_proj", "k_proj"], plan=plan)
     with pytest.raises(ValueError, match=r"rank 13 does not fit layer q_proj \(12, 12\): .* 1 to 12"):
         inject(model, ["q_proj"], rank=13)
-    for rank in (-1, 0, 13, 36):
+    for rank in (-1, 0, 13, 36, 4.0):
         with pytest.raises(ValueError, match=rf"rank {rank} does not fit layer down_proj \(12, 36\): allowed are 1 to 12"):
             inject(model, ["down_proj"], rank=rank)
     for dropout in (1.0, -0.1, math.nan):

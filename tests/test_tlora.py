@@ -312,6 +312,7 @@ def test_bfloat16_merges_in_float32_and_is_cast_once():
     [
         (["0"], {"rank": 0}, r"rank 0 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
         (["0"], {"rank": 6}, r"rank 6 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
+        (["0"], {"rank": 4.0}, r"rank 4.0 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
         (["0"], {"rank": 2, "dropout": 1.0}, r"dropout 1.0 is not in \[0, 1\)"),
         (["query"], {"rank": 2}, "target 'query' matches no nn.Linear"),
     ],

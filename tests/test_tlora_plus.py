@@ -457,6 +457,7 @@ def test_ratio_is_read_from_text_or_number():
     [
         (["0"], {"rank": 0}, r"rank 0 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
         (["0"], {"rank": 6}, r"rank 6 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
+        (["0"], {"rank": 4.0}, r"rank 4.0 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
         (["0"], {"rank": 2, "rank1": 7}, r"rank 7 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
         (["0"], {"rank": 2, "rank2": -1}, r"rank -1 does not fit layer 0 \(5, 12\): allowed are 1 to 5"),
         (["0"], {"rank": 2, "train": "ac"}, "train 'ac' is not one of abc, ab, bc, b"),

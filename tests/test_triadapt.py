@@ -1130,6 +1130,38 @@ class Both:
         tensor.fill_(0.5)
 
 
+def test_a_tower_that_never_runs_does_not_grow_and_gives_no_budget():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for name in ("text", "image")})
+    image, x = copy.deepcopy(model["image"]), torch.randn(4, 8)
+    before = model["text"](x).detach()
+    inject(model, ["0", "1"], rank_ref=4, interval=1, t0=0, delta=1)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, weight_decay=0.0))
+    grown = {}
+    for step in range(1, 40):
+        loss = model["text"](x).square().sum() + penalty(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        event = after_step(model, optimizer, step, total=40)
+        grown |= event["grown"] if event else {}
+    assert grown == {"text.0": 4, "text.1": 4}  # rank_ref times the two layers that ran
+    assert torch.equal(model["image"](x), image(x)) and not torch.allclose(model["text"](x), before)
+
+
+def test_parts_with_other_settings_grow_each_by_itself():
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 8)) for name in ("enc", "dec")})
+    inject(model["enc"], ["0"], rank_ref=2, interval=1, t0=0, orth=0.0)
+    inject(model["dec"], ["0"], rank_ref=3, interval=1, t0=0, orth=0.5)
+    optimizer = torch.optim.SGD(param_groups(model, lr=1e-2, weight_decay=0.0))
+    words = "layer dec.0 has other settings than the first: take each injected part of the model by itself"
+    for refused in (lambda: penalty(model), lambda: after_step(model, optimizer, 1, 9)):
+        with pytest.raises(ValueError, match=words):
+            refused()
+    assert penalty(model["enc"]) == 0 < penalty(model["dec"])
+    assert [after_step(model[part], optimizer, 1, 9)["grown"] for part in ("enc", "dec")] == [{"0": 2}, {"0": 3}]
+
+
 def test_several_processes_grow_alike_or_are_told(monkeypatch):
     model, loss = problem(rank_ref=6, delta=1)
     optimizer = torch.optim.AdamW(param_groups(model, 1e-2, 0.0))
