@@ -196,6 +196,9 @@ def test_a_longer_schedule_is_compared_on_the_seeds_that_both_have():
         "| tlora_plus | 2 | 60.0 ± 0.0 | 85.0 ± 0.0 | -20.0 | -5.0 |",
     )
     assert claims.longer(made).splitlines()[2:] == [plus, lora]
+    more = [row for row in rows(**{"tlora": 30.0, "tlora-long": 40.0}) if row["task"] == "math" and row["seed"] < 2]
+    words = "After 12 epochs tlora is -50.0 from LoRA, the others -5.0 at most."
+    assert claims.longer(made + more).splitlines()[-2:] == ["", words] and plus in claims.longer(made + more)
     assert claims.longer(made[:-1]).splitlines()[2:] == [lora]  # one seed is none
 
 
