@@ -641,7 +641,7 @@ all on this page: {fallen(rows)}.
 ## And on a real encoder?
 
 `python bench/sweep.py encoder --backbone DIR --data GLUE`: all-MiniLM-L6-v2, GLUE's CoLA and 3,000 rows of SST-2, six epochs,
-each method at the best of three or more rates on that task ([rates.md](rates.md)), the development split; points ± 95 %, paired
+each method at the best of four rates or more on that task ([rates.md](rates.md)), the development split; points ± 95 %, paired
 by seed, p not corrected. On CoLA no rate is good for all: at 0.000316 TriAdaptLoRA learns nothing (a Matthews correlation of 0),
 at 0.001 the other four, with their defaults, learn nothing.
 

@@ -86,6 +86,7 @@ def asked(scores, first, study="rates", lowest=-24, highest=0):
 
     `scores` {(k, seed): score} of one method on one task. Half decades around `first` until the best is inside, then
     the quarter decades beside the best until the best is inside, then the best on more seeds; each where it has seeds.
+    Without quarter decades four rates at least.
     """
     halves, quarters, chosen = SEEDS[study]
     ks, step, seeds = [first, first - 2, first + 2], 2, halves[:1]  # one seed finds the place, where the others look
@@ -98,6 +99,8 @@ def asked(scores, first, study="rates", lowest=-24, highest=0):
             ks += beside
         elif seeds == halves[:1] != halves:
             seeds = halves
+        elif not quarters and len({k for k, _ in scores}) < 4:
+            ks.append(min(ks) - step)
         elif step == 2 and quarters:
             ks, step, seeds = [k for k in (best, best - 1, best + 1) if lowest <= k <= highest], 1, quarters
         else:
@@ -548,7 +551,8 @@ What twenty steps say of a method's best rate if LoRA's is known: [trial.md](tri
 ## A real encoder
 
 `python bench/sweep.py encoder --backbone DIR --data GLUE` on all-MiniLM-L6-v2, GLUE's own files (of SST-2 the first 3,000 rows),
-six epochs, bf16 with `--flags --fast`, and `--precision bf16` on a CPU: half decades on seed 100, then seeds 0 to 4 at the best.
+six epochs, bf16 with `--flags --fast`, and `--precision bf16` on a CPU: half decades on seed 100, four or more, then seeds 0 to
+4 at the best.
 The development split, whose rows chose the rate too: GLUE keeps the answers of its test split. The default with `--backbone` is
 the rate with the best mean of both tasks on seed 100, to one digit.
 

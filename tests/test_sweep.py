@@ -34,6 +34,8 @@ def test_the_best_quarter_decade_is_found_and_both_neighbours_are_tried(peak):
 def test_on_the_encoder_one_seed_chooses_and_five_others_are_run_at_the_best():
     order, _ = carried_out(-14, -12, "encoder")
     assert order == [(-12, 100), (-14, 100), (-10, 100), (-16, 100), *[(-14, seed) for seed in range(5)]]
+    order, _ = carried_out(-12, -12, "encoder")  # inside at once: a fourth rate all the same
+    assert order == [(-12, 100), (-14, 100), (-10, 100), (-16, 100), *[(-12, seed) for seed in range(5)]]
 
 
 def test_the_real_encoders_table_has_the_fresh_seeds_at_the_best_rate_and_where_they_ran():
