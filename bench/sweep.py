@@ -534,7 +534,8 @@ decades beside it tried on all five.
 
 {one_for_all(rows)}
 
-What twenty steps say of a method's best rate if LoRA's is known: [trial.md](trial.md).
+What twenty steps say of a method's best rate if LoRA's is known: [trial.md](trial.md). Whether it follows from the size of what
+enters B: [bench/sizes.md](../bench/sizes.md).
 
 ## Other flags
 
