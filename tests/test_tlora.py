@@ -299,9 +299,9 @@ def test_merged_equals_unmerged_without_dropout(dtype, tolerance):
 def test_bfloat16_merges_in_float32_and_is_cast_once():
     model = adapted(9, 12, 4, dtype=torch.bfloat16)
     layer = moved(model[0])
-    A, B, C, W0 = (M.detach().float() for M in (layer.A, layer.B, layer.C, layer.weight))
+    A, B, C, W0 = (M.detach().float() for M in (layer.A, layer.B, layer.C, layer.base.weight))
     expected = (W0 + C @ (layer.alpha.detach() * B) @ A).to(torch.bfloat16)
-    in_bfloat16 = (layer.weight + torch.matmul(*layer.factors())).detach()
+    in_bfloat16 = (layer.base.weight + torch.matmul(*layer.factors())).detach()
     merge(model)
     assert not torch.equal(in_bfloat16, expected)
     assert torch.equal(model[0].weight, expected)
