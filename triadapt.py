@@ -459,9 +459,9 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
     """Grow where and when the method says so; call it after each optimizer step, counted from 1.
 
     Returns None, or at an event {"grown": {name: new rank}, "scores": {name: S}, "budget": what is left}.
-    The layers that grew have new Parameters then: a list of parameters made before is stale. Layers that have
-    never run, as those of a tower without a loss, stay as they are and add nothing to the budget. Raises before
-    anything grows: ValueError for an optimizer that cannot grow and for a run that ends before growth begins,
+    The layers that grew have new Parameters then: a list of parameters made before is stale. In one process, layers
+    that have never run, as those of a tower without a loss, stay as they are and add nothing to the budget. Raises
+    before anything grows: ValueError for an optimizer that cannot grow and for a run that ends before growth begins,
     FloatingPointError for a score that is no number. A run too short for any event is warned of at step 1.
 
     With several processes (torch.distributed) all grow alike, or a ValueError says that they have drifted apart.
@@ -472,8 +472,8 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
             "DistributedDataParallel would not train what grows: give after_step its module, and at an event wrap that anew"
         )
     layers = wrapped_layers(model)
-    # DataParallel runs copies: then none is known to have run, and all count.
-    layers = {name: layer for name, layer in layers.items() if layer.called} or layers
+    if not several():  # another process may run others. And DataParallel runs copies: then none is known to have run.
+        layers = {name: layer for name, layer in layers.items() if layer.called} or layers
     growth = next(iter(layers.values())).growth
     for name, value in (("step", step), ("total", total)):
         if type(value) is not int:
@@ -504,7 +504,7 @@ def after_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, to
         layer.reference.fill_(now)
     k = matrices_to_grow(budget, step, t0, total, growth["mode"], growth["fixed_k"])
     chosen = choose_growth(scores, ranks, limits, budget, k, growth["delta"])
-    check_alike((names, scores, ranks))
+    check_alike((scores, ranks))
     for i, added in chosen:
         for old, new, dim in layers[names[i]].grow(added):
             share(new)
@@ -528,7 +528,7 @@ def check_alike(value: tuple) -> None:
         dist.all_gather_object(found, value)
         if any(other != value for other in found):
             raise ValueError(
-                "the processes have drifted apart: scores, ranks or the layers that ran differ (what grew must be wrapped anew)"
+                "the processes have drifted apart: their scores or ranks differ (what an event grew must be wrapped anew)"
             )
 
 

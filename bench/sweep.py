@@ -630,7 +630,7 @@ def curves(rows):
     axes[1, 0].set_xlabel("epoch")
     axes[0, 0].set_ylabel("development score")
     legend(axes.flat[-1])
-    figure.suptitle("How fast each method learns at its own best rate on each task (tiny base, mean of the seeds so far)")
+    figure.suptitle("How fast each method learns at its own best rate on each task (tiny base, mean of the seeds)")
     figure.tight_layout()
     figure.savefig(os.path.join(ROOT, "docs", "curves.png"), dpi=90)
     plt.close(figure)

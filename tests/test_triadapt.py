@@ -1149,6 +1149,17 @@ def test_a_tower_that_never_runs_does_not_grow_and_gives_no_budget():
     assert torch.equal(model["image"](x), image(x)) and not torch.allclose(model["text"](x), before)
 
 
+def test_of_several_processes_another_may_run_what_this_one_does_not(monkeypatch):
+    monkeypatch.setattr(triadapt, "several", lambda: True)
+    monkeypatch.setattr(triadapt, "check_alike", lambda value: None)
+    monkeypatch.setattr(triadapt, "share", lambda parameter: None)
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 8)) for name in ("text", "image")})
+    inject(model, ["0"], rank_ref=4, interval=1, t0=0, delta=1, mode="fixed", fixed_k=2)
+    model["text"](torch.ones(2, 8)).sum().backward()
+    event = after_step(model, torch.optim.SGD(param_groups(model, lr=1e-2, weight_decay=0.0)), 1, total=9)
+    assert event["grown"] == {"text.0": 2, "image.0": 2} and event["budget"] == 2 * 4 - 2 * 2
+
+
 def test_parts_with_other_settings_grow_each_by_itself():
     model = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 8)) for name in ("enc", "dec")})
     inject(model["enc"], ["0"], rank_ref=2, interval=1, t0=0, orth=0.0)
